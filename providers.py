@@ -1,0 +1,4360 @@
+"""Every model provider behind one message API: the vocabulary, the wire formats, the one transport.
+
+The canonical format is Anthropic's Messages API with a few additions. A provider is a row in `PROVIDERS`; its adapter
+is pure translation: `encode(request, key)` gives an `HTTPRequest`, `decode(body, request)` a `Message`, and
+`decoder(request)` a `StreamDecoder` that is fed server-sent events and returns canonical events. Only `Transport`,
+at the end, touches a socket. Needs pydantic; aiohttp is imported when a `Transport` first sends something.
+
+Contents (`grep -n '^# == '` lists the sections):
+    JSON · errors · the request · the response · events · server-sent events · the grammar of a stream · signatures ·
+    models and their traits · adapters · Anthropic · OpenAI Chat (also Groq, Cerebras) · OpenAI Responses · Gemini ·
+    registry · transport
+
+Facts about the wire formats carry their source: the provider's own SDK types or documentation as of November 2026.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import codecs
+import contextlib
+import dataclasses
+import email.utils
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from urllib.parse import quote, urlencode
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+__all__ = [
+    "ERRORS",
+    "JSON",
+    "PROVIDERS",
+    "APIError",
+    "Accumulator",
+    "Adapter",
+    "AuthenticationError",
+    "ContentBlock",
+    "ContentBlockDelta",
+    "ContentBlockStart",
+    "ContentBlockStop",
+    "Credential",
+    "Error",
+    "EventBuilder",
+    "GoogleLogin",
+    "HTTPRequest",
+    "InvalidRequestError",
+    "Media",
+    "Message",
+    "MessageDelta",
+    "MessageRequest",
+    "MessageStart",
+    "MessageStop",
+    "NotFoundError",
+    "OtherBlock",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "Ping",
+    "ProviderError",
+    "ProviderTimeoutError",
+    "RateLimitError",
+    "RequestTooLargeError",
+    "SSEDecoder",
+    "Secret",
+    "StreamDecoder",
+    "StreamEvent",
+    "StreamTruncated",
+    "Text",
+    "TextDelta",
+    "ThinkingText",
+    "Timeouts",
+    "ToolUse",
+    "Transport",
+    "Upstream",
+    "Usage",
+    "accumulate",
+    "parse_request",
+    "sse_frame",
+]
+__version__ = "0.1.0"
+
+logger = logging.getLogger("vai.providers")
+
+JSON: TypeAlias = dict[str, Any]
+
+
+# == JSON ==============================================================================================================
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError(f"{literal[:20]} is out of range")
+    return value
+
+
+def _refuse(literal: str) -> Any:
+    raise ValueError(f"{literal} is not JSON")
+
+
+_strict = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
+_lenient = json.JSONDecoder(parse_int=float)
+_encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+
+
+def loads(data: bytes | str) -> Any:
+    """JSON as RFC 8259 has it: no NaN, no number beyond a float's range. Any fault is a `ValueError`."""
+    text = data.decode("utf-8-sig") if isinstance(data, (bytes, bytearray)) else data
+    try:
+        return _strict.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def dumps(value: Any) -> bytes:
+    """Compact ASCII JSON. NaN and infinity are a `ValueError`; a lone surrogate passes as its escape."""
+    return _encoder.encode(value).encode("ascii")
+
+
+def too_deep(value: Any, limit: int) -> bool:
+    """Whether arrays and objects are nested more than `limit` levels."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _nonfinite(value: Any, path: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, item in items if (found := _nonfinite(item, (*path, key)))), None)
+
+
+def read_request(raw: bytes, max_depth: int = 64) -> JSON:
+    """The body of a request, as an object.
+
+    Raises `InvalidRequestError` with code `invalid_json` or `json_too_deep`, or with the `param` of a number that
+    JSON cannot hold. Of a key given twice the last value counts, for every reader.
+    """
+    try:
+        body = loads(raw)
+    except ValueError as fault:
+        raise _json_error(raw, fault) from None
+    if raw.count(b"[") + raw.count(b"{") > max_depth and too_deep(body, max_depth):
+        raise InvalidRequestError(f"the body is nested more than {max_depth} levels deep", code="json_too_deep")
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    return body
+
+
+def _json_error(raw: bytes, fault: ValueError) -> Error:
+    if "nested too deeply" in str(fault):
+        return InvalidRequestError("the body is nested too deeply", code="json_too_deep")
+    try:
+        place = _nonfinite(_lenient.decode(raw.decode("utf-8-sig")))
+    except (ValueError, RecursionError):
+        place = None
+    if place:
+        return InvalidRequestError("must be a finite number", param=_join(place))
+    reason = fault.msg if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8 or holds an impossible number"
+    return InvalidRequestError(f"the body is not valid JSON: {reason}", code="invalid_json")
+
+
+def _join(path: Iterable[str | int]) -> str:
+    out = ""
+    for step in path:
+        out += f"[{step}]" if isinstance(step, int) else f".{step}" if out else str(step)[:100]
+    return out
+
+
+# == Errors ============================================================================================================
+
+
+class Error(Exception):
+    """Base of all errors; the subclass says what went wrong, the fields say where.
+
+    Error ─┬─ InvalidRequestError 400    ├─ RateLimitError 429
+           ├─ AuthenticationError 401    ├─ APIError 500
+           ├─ PermissionDeniedError 403  ├─ ProviderError 502 ── StreamTruncated
+           ├─ NotFoundError 404          ├─ OverloadedError 503
+           └─ RequestTooLargeError 413   └─ ProviderTimeoutError 504
+    """
+
+    type: ClassVar[str] = "api_error"
+    status: int = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        provider: str | None = None,
+        provider_error: Any = None,
+        retry_after: int | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.provider = provider
+        self.provider_error = provider_error
+        self.retry_after = retry_after
+        self.request_id = request_id
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request may succeed later. Spent quota does not come back by asking again."""
+        if self.code in TERMINAL_CODES or isinstance(self, StreamTruncated):
+            return False
+        return self.status in (408, 409, 429) or self.status >= 500
+
+    def to_wire(self, request_id: str | None = None) -> JSON:
+        """The error envelope: a JSON body, an SSE `error` event, a WebSocket message."""
+        request_id = request_id or self.request_id
+        error: JSON = {"type": self.type, "message": self.message}
+        for name in ("param", "code", "retry_after", "provider", "provider_error"):
+            if (value := getattr(self, name)) is not None:
+                error[name] = value
+        error["request_id"] = request_id
+        return {"type": "error", "error": error, "request_id": request_id}
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.param})" if self.param and self.param not in self.message else self.message
+
+
+class InvalidRequestError(Error):
+    """The request is wrong; `param` names the place."""
+
+    type = "invalid_request_error"
+    status = 400
+
+
+class AuthenticationError(Error):
+    """A key is missing or refused."""
+
+    type = "authentication_error"
+    status = 401
+
+
+class PermissionDeniedError(Error):
+    """The key is good but may not do this."""
+
+    type = "permission_error"
+    status = 403
+
+
+class NotFoundError(Error):
+    """No such route, or no such model."""
+
+    type = "not_found_error"
+    status = 404
+
+
+class RequestTooLargeError(Error):
+    """The body is over a limit."""
+
+    type = "request_too_large"
+    status = 413
+
+
+class RateLimitError(Error):
+    """Too many requests, or spent quota; `retry_after` in seconds where known."""
+
+    type = "rate_limit_error"
+    status = 429
+
+
+class APIError(Error):
+    """Our own fault."""
+
+    type = "api_error"
+    status = 500
+
+
+class ProviderError(Error):
+    """The provider failed, or answered something unreadable."""
+
+    type = "provider_error"
+    status = 502
+
+
+class StreamTruncated(ProviderError):
+    """The provider broke a stream off without its terminal event."""
+
+    def __init__(self, message: str = "the provider broke off the stream before its end", **fields: Any) -> None:
+        super().__init__(message, **({"code": "stream_truncated"} | fields))
+
+
+class OverloadedError(Error):
+    """The provider, or this gateway, has no capacity now."""
+
+    type = "overloaded_error"
+    status = 503
+
+
+class ProviderTimeoutError(Error):
+    """The provider took longer than allowed."""
+
+    type = "timeout_error"
+    status = 504
+
+
+ERRORS: dict[str, type[Error]] = {
+    cls.type: cls
+    for cls in (
+        InvalidRequestError,
+        AuthenticationError,
+        PermissionDeniedError,
+        NotFoundError,
+        RequestTooLargeError,
+        RateLimitError,
+        APIError,
+        ProviderError,
+        OverloadedError,
+        ProviderTimeoutError,
+    )
+}
+TERMINAL_CODES = {"insufficient_quota", "billing", "QUOTA_EXHAUSTED", "MODEL_CAPACITY_EXHAUSTED", "unsupported_feature"}
+
+# An upstream status, as the caller sees it. What is not here goes by its hundreds: 4xx are 400, 5xx are 502.
+STATUS_ERRORS: dict[int, type[Error]] = {
+    401: AuthenticationError,
+    402: PermissionDeniedError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    408: ProviderTimeoutError,
+    413: RequestTooLargeError,
+    429: RateLimitError,
+    498: OverloadedError,  # Groq: flex capacity exceeded
+    503: OverloadedError,
+    504: ProviderTimeoutError,
+    524: ProviderTimeoutError,  # Cloudflare in front of OpenAI
+    529: OverloadedError,
+}
+# Words for the same things, in `type`, `code` or `status` of an error inside a stream, where there is no HTTP status.
+WORD_STATUS: dict[str, int] = {
+    "overloaded_error": 529,
+    "UNAVAILABLE": 503,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "RESOURCE_EXHAUSTED": 429,
+    "timeout_error": 504,
+    "DEADLINE_EXCEEDED": 504,
+    "invalid_request_error": 400,
+    "invalid_prompt": 400,
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "context_length_exceeded": 400,
+    "not_found_error": 404,
+    "NOT_FOUND": 404,
+    "request_too_large": 413,
+    "authentication_error": 401,
+    "UNAUTHENTICATED": 401,
+    "permission_error": 403,
+    "PERMISSION_DENIED": 403,
+    "billing_error": 402,
+}
+MAX_PROVIDER_ERROR = 8 << 10
+_KEY_SHAPES = re.compile(
+    r"\b(?:sk|gsk|csk|pk|vai_sk|sk_car)[-_][A-Za-z0-9_-]{12,}|AIza[A-Za-z0-9_-]{20,}|ya29\.[A-Za-z0-9_.-]{10,}"
+    r"|(?i:bearer) [A-Za-z0-9_.~+/-]{12,}"
+)
+
+
+def redact(text: str, keys: Iterable[str] = ()) -> str:
+    """`text` without the given keys, their base64, or anything else that looks like a key."""
+    for key in keys:
+        if len(key) >= 6:
+            text = text.replace(key, "[redacted]")
+            text = text.replace(base64.b64encode(key.encode("utf-8", "replace")).decode().rstrip("="), "[redacted]")
+    return _KEY_SHAPES.sub("[redacted]", text)
+
+
+def _printable(text: str, limit: int = MAX_PROVIDER_ERROR) -> str:
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", text[:limit]).strip()
+
+
+def provider_error(
+    provider: str,
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    keys: Iterable[str] = (),
+    own_key: bool = True,
+    now: float | None = None,
+) -> Error:
+    """An upstream error answer as an `Error`, whatever shape its body has.
+
+    `own_key` says that the caller brought the key, so that a refusal of it is the caller's to mend.
+    """
+    text = redact(body[: 8 * MAX_PROVIDER_ERROR].decode("utf-8", "replace"), keys)
+    try:
+        parsed = loads(text)
+    except ValueError:
+        parsed = None
+    fault = _error_object(parsed)
+    message = _message_of(fault, parsed)
+    if not message:
+        plain = "" if "<" in text[:200] else _printable(text, 500)
+        message = f"{provider} answered with status {status}" + (f": {plain}" if plain else "")
+    retry_after = _retry_after(headers, now) or _retry_info(fault)
+    return _classified(provider, status, message, fault, retry_after, own_key)
+
+
+def stream_error(provider: str, fault: Any, *, own_key: bool = True) -> Error:
+    """An error object that came with a 200: in a stream, or as the whole body."""
+    detail = fault if isinstance(fault, dict) else {"message": str(fault)}
+    words = [detail.get(name) for name in ("status_code", "code", "type", "status")]
+    numbers = (w for w in words if isinstance(w, int) and not isinstance(w, bool) and 400 <= w < 600)
+    known = (WORD_STATUS[w] for w in words if isinstance(w, str) and w in WORD_STATUS)
+    status = next(numbers, None) or next(known, 502)
+    message = redact(_message_of(detail, None) or f"{provider} reported an error")
+    return _classified(provider, status, message, detail, _retry_info(detail), own_key)
+
+
+def _error_object(parsed: Any) -> JSON:
+    """The error inside `{"error": {…}}`, `[{"error": …}]`, `{"error": "…"}` or a bare `{"message": …}`."""
+    if isinstance(parsed, list):
+        parsed = parsed[0] if parsed else None
+    if not isinstance(parsed, dict):
+        return {}
+    inner = parsed.get("error")
+    if isinstance(inner, dict):
+        return inner
+    return {**parsed, "message": inner} if isinstance(inner, str) else parsed
+
+
+def _message_of(fault: JSON, parsed: Any) -> str:
+    found = [fault.get(name) for name in ("message", "error_description", "detail")]
+    if isinstance(parsed, dict):
+        found += [parsed.get("message"), parsed.get("detail")]
+    if isinstance(parsed, str):
+        found.append(parsed)
+    return next((_printable(text) for text in found if isinstance(text, str) and text.strip()), "")
+
+
+def _classified(provider: str, status: int, message: str, fault: JSON, retry_after: int | None, own_key: bool) -> Error:
+    cls = STATUS_ERRORS.get(status) or (InvalidRequestError if 400 <= status < 500 else ProviderError)
+    code = next((fault[n] for n in ("code", "type", "status") if isinstance(fault.get(n), str)), None)
+    if isinstance(details := fault.get("details"), list):  # Google's ErrorInfo says more than its status
+        reasons = (d.get("reason") for d in details if isinstance(d, dict))
+        code = next((r for r in reasons if isinstance(r, str)), code)
+        if cls is RateLimitError and "PerDay" in str(details):
+            code = "insufficient_quota"
+    if status == 402:
+        code = "billing"
+    elif status in (401, 403) and not own_key:
+        cls, code = ProviderError, "provider_authentication"
+        message = f"{provider} refused the gateway's key: {message}"
+    return cls(
+        message,
+        code=_printable(code, 100) if code and code != cls.type else None,
+        provider=provider,
+        provider_error=bounded(fault) or None,
+        retry_after=retry_after,
+    )
+
+
+def bounded(fault: Any, limit: int = MAX_PROVIDER_ERROR) -> Any:
+    """A provider's own error object, cut to `limit` bytes of JSON; None where it is no JSON."""
+    try:
+        raw = dumps(fault)
+    except (ValueError, RecursionError):
+        return None
+    return fault if len(raw) <= limit else {"truncated": raw[:limit].decode("ascii")}
+
+
+def _retry_after(headers: Mapping[str, str], now: float | None = None) -> int | None:
+    """Whole seconds from `retry-after-ms` or `retry-after` (seconds or an HTTP date); None if absent or absurd."""
+    value = (headers.get("retry-after") or "").strip()
+    millis = (headers.get("retry-after-ms") or "").strip()
+    seconds: float | None = None
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
+        seconds = float(value)
+    elif re.fullmatch(r"\d{1,12}(\.\d{1,9})?", millis):
+        seconds = float(millis) / 1000
+    elif value:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
+    if seconds is None or not 0 <= seconds <= 86_400:
+        return None
+    return math.ceil(seconds)
+
+
+def _retry_info(fault: JSON) -> int | None:
+    """Google puts the wait into the body: `{"@type": "…RetryInfo", "retryDelay": "34.4s"}`."""
+    for detail in fault.get("details") or () if isinstance(fault.get("details"), list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        if isinstance(delay, str) and (found := re.fullmatch(r"(\d{1,5})(\.\d+)?s", delay)):
+            return math.ceil(float(found[0][:-1]))
+    return None
+
+
+def unsupported(
+    feature: str, provider: str, have: Iterable[str] = (), *, param: str | None = None, hint: str = ""
+) -> Error:
+    """The 400 for what a provider has no form for, naming those that have."""
+    others = ", ".join(have)
+    message = f"{provider} does not support {feature}"
+    message += f"; providers that do: {others}" if others else ""
+    message += f"; {hint}" if hint else ""
+    return InvalidRequestError(message, code="unsupported_feature", param=param, provider=provider)
+
+
+# == The request =======================================================================================================
+
+NATIVE_TOOLS = ("web_search", "code_execution", "file_search", "computer_use", "text_editor", "image_generation")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]*")
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}")
+SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|[a-z_]+_tool_result|container_upload|compaction|fallback")
+SERVER_TOOL = re.compile(r"[a-z][a-z0-9_]*_\d{8}|mcp_toolset")
+
+
+class _Request(BaseModel):
+    """What the caller sends, strictly typed. Keys inside a block that vai does not know are for Anthropic to read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+def _text_or_blocks(value: Any) -> str:
+    return "blocks" if isinstance(value, list) else "string"
+
+
+class Base64Source(_Request):
+    """`data` is standard base64, padded, without line breaks."""
+
+    type: Literal["base64"]
+    media_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+/[A-Za-z0-9.+-]+(;.*)?$", max_length=200)]
+    data: Annotated[str, Field(min_length=1)]
+
+    @property
+    def data_url(self) -> str:
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class URLSource(_Request):
+    """Fetched by the provider, never by vai."""
+
+    type: Literal["url"]
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=8192)]
+
+
+class FileSource(_Request):
+    """A file that was uploaded to the provider before."""
+
+    type: Literal["file"]
+    file_id: Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class TextSource(_Request):
+    type: Literal["text"]
+    data: str
+    media_type: str = "text/plain"
+
+
+class ContentSource(_Request):
+    type: Literal["content"]
+    content: Any
+
+    @property
+    def text(self) -> str:
+        if not isinstance(self.content, list):
+            return str(self.content)
+        return "\n".join(str(b["text"]) for b in self.content if isinstance(b, dict) and "text" in b)
+
+
+class TextBlock(_Request):
+    type: Literal["text"] = "text"
+    text: str
+    cache_control: JSON | None = None
+
+
+class ImageBlock(_Request):
+    type: Literal["image"]
+    source: Annotated[Base64Source | URLSource | FileSource, Field(discriminator="type")]
+    cache_control: JSON | None = None
+
+
+class DocumentBlock(_Request):
+    type: Literal["document"]
+    source: Annotated[Base64Source | URLSource | FileSource | TextSource | ContentSource, Field(discriminator="type")]
+    title: str | None = None
+    cache_control: JSON | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The document as text, with its title; None for a PDF or one behind a URL or file id."""
+        match self.source:
+            case TextSource(data=text) | ContentSource(text=text):
+                return f"{self.title}\n\n{text}" if self.title else text
+        return None
+
+    @property
+    def filename(self) -> str:
+        name = re.sub(r"[^A-Za-z0-9._ -]+", "_", self.title or "").strip() or "document"
+        return name if name.lower().endswith(".pdf") else f"{name[:120]}.pdf"
+
+
+class SearchResultBlock(_Request):
+    type: Literal["search_result"]
+    source: str
+    title: str
+    content: list[TextBlock]
+    cache_control: JSON | None = None
+
+    @property
+    def text(self) -> str:
+        return "\n".join([self.title, self.source, *(block.text for block in self.content)])
+
+
+class AudioBlock(_Request):
+    type: Literal["audio"]
+    source: Base64Source
+    transcript: str | None = None
+
+
+class VideoBlock(_Request):
+    type: Literal["video"]
+    source: Annotated[Base64Source | URLSource, Field(discriminator="type")]
+
+
+class ToolUseBlock(_Request):
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1, max_length=512)]
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    input: JSON
+    cache_control: JSON | None = None
+
+
+class ToolResultBlock(_Request):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Annotated[
+        Annotated[str, Tag("string")] | Annotated[list[Block], Tag("blocks")], Discriminator(_text_or_blocks)
+    ] = ""
+    is_error: bool | None = None
+    cache_control: JSON | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class ThinkingBlock(_Request):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(_Request):
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class ServerBlock(_Request):
+    """A provider's own block coming back in history: `server_tool_use`, `web_search_tool_result` and their kin."""
+
+    type: Annotated[str, Field(pattern=SERVER_BLOCK.pattern)]
+
+
+def _block_kind(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if not isinstance(kind, str):
+        return None
+    return kind if kind in _BLOCK_KINDS else "server" if SERVER_BLOCK.fullmatch(kind) else None
+
+
+Block: TypeAlias = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ImageBlock, Tag("image")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
+    | Annotated[AudioBlock, Tag("audio")]
+    | Annotated[VideoBlock, Tag("video")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
+    | Annotated[ServerBlock, Tag("server")],
+    Discriminator(_block_kind),
+]
+_BLOCK_KINDS = (
+    "text", "image", "document", "search_result", "audio", "video", "tool_use", "tool_result", "thinking",
+    "redacted_thinking",
+)  # fmt: skip
+_USER_ONLY = (DocumentBlock, SearchResultBlock, VideoBlock, ToolResultBlock)
+_ASSISTANT_ONLY = (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock)
+
+
+class MessageParam(_Request):
+    """One turn of the conversation; `content` is text or a list of blocks."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        Annotated[str, Tag("string")] | Annotated[list[Block], Tag("blocks")], Discriminator(_text_or_blocks)
+    ]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class FunctionTool(_Request):
+    """A tool that the caller runs."""
+
+    type: Literal["custom", "function"] | None = None
+    name: Annotated[str, Field(pattern=f"^{TOOL_NAME.pattern}$")]
+    description: str | None = None
+    input_schema: JSON
+    strict: bool | None = None
+    cache_control: JSON | None = None
+
+
+class NativeTool(_Request):
+    """A tool that the provider runs, by vai's neutral name; `config` is translated where the provider has the like."""
+
+    type: Literal["web_search", "code_execution", "file_search", "computer_use", "text_editor", "image_generation"]
+    config: JSON = {}
+    cache_control: JSON | None = None
+
+
+class ServerTool(_Request):
+    """One of Anthropic's own versioned tools: `web_search_20250305`."""
+
+    type: Annotated[str, Field(pattern=SERVER_TOOL.pattern)]
+    cache_control: JSON | None = None
+
+
+def _tool_kind(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None or kind in ("custom", "function"):
+        return "function"
+    if not isinstance(kind, str):
+        return None
+    return "native" if kind in NATIVE_TOOLS else "server" if SERVER_TOOL.fullmatch(kind) else None
+
+
+Tool: TypeAlias = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[NativeTool, Tag("native")]
+    | Annotated[ServerTool, Tag("server")],
+    Discriminator(_tool_kind),
+]
+
+
+class ToolChoice(_Request):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(_Request):
+    """`enabled` wants `budget_tokens`; `adaptive` leaves it to the model (and `output_config.effort`)."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class OutputConfig(_Request):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JSON | None = None
+
+
+class OutputFormat(_Request):
+    """`{"type": "json_schema", "json_schema": {…}}`, or with the schema under `schema` as Anthropic's beta had it."""
+
+    type: Literal["json_schema"]
+    json_schema: JSON | None = None
+    schema_: Annotated[JSON | None, Field(alias="schema")] = None
+
+
+class ImageOutput(_Request):
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{1,4}x[1-9]\d{1,4})$")] | None = None
+    quality: str | None = None
+
+
+class AudioOutput(_Request):
+    voice: str | None = None
+    format: str | None = None
+
+
+class Output(_Request):
+    modalities: list[Literal["text", "image", "audio"]] = ["text"]
+    image: ImageOutput | None = None
+    audio: AudioOutput | None = None
+
+
+class Metadata(_Request):
+    user_id: str | None = None
+
+
+_Words: TypeAlias = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=64)]
+
+
+class MessageRequest(_Request):
+    """A request, validated. `body` is what the caller sent: what goes to Anthropic is cut from it, not rebuilt.
+
+    Make one with `parse_request`, whose errors name the place.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+
+    model: str
+    messages: Annotated[list[MessageParam], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0, le=100_000_000)] | None = None
+    system: Annotated[
+        Annotated[str, Tag("string")] | Annotated[list[TextBlock], Tag("blocks")], Discriminator(_text_or_blocks)
+    ] = ""
+    stop_sequences: _Words = []
+    metadata: Metadata | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    tools: list[Tool] = []
+    tool_choice: ToolChoice | None = None
+    stream: bool = False
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    output_format: OutputFormat | None = None
+    output: Output | None = None
+    voice: JSON | None = None
+    extensions: dict[str, JSON] = {}
+    provider_keys: Annotated[dict[str, str], Field(repr=False)] = {}
+
+    _body: JSON = PrivateAttr(default_factory=dict)
+    _provider: str = PrivateAttr(default="")
+    _name: str = PrivateAttr(default="")
+    _headers: dict[str, str] = PrivateAttr(default_factory=dict)
+    _dropped: list[str] = PrivateAttr(default_factory=list)
+    _retried: bool = PrivateAttr(default=False)
+
+    @property
+    def body(self) -> JSON:
+        return self._body
+
+    @property
+    def provider(self) -> str:
+        """The provider id: what stands before the first `/` of the model."""
+        return self._provider
+
+    @property
+    def model_name(self) -> str:
+        """The provider's own name for the model."""
+        return self._name
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The caller's `anthropic-version` and `anthropic-beta`, by lower-case name."""
+        return self._headers
+
+    @property
+    def dropped(self) -> list[str]:
+        """Advisory fields that the provider does not take, filled by `encode`."""
+        return self._dropped
+
+    def drop(self, *fields: str) -> None:
+        self._dropped += [name for name in fields if name not in self._dropped]
+
+    @property
+    def system_text(self) -> str:
+        return self.system if isinstance(self.system, str) else "\n\n".join(block.text for block in self.system)
+
+    @property
+    def functions(self) -> list[FunctionTool]:
+        return [tool for tool in self.tools if isinstance(tool, FunctionTool)]
+
+    @property
+    def modalities(self) -> set[str]:
+        return set(self.output.modalities) if self.output else {"text"}
+
+    @property
+    def json_schema(self) -> JSON | None:
+        """The schema of structured output, whichever of the three spellings the caller used."""
+        if self.output_format:
+            schema = self.output_format.json_schema or self.output_format.schema_ or {}
+            inner = schema.get("schema")  # OpenAI's spelling: {"name": …, "schema": {…}}
+            return inner if isinstance(inner, dict) and "type" not in schema else schema
+        given = self.output_config.format if self.output_config else None
+        own = given.get("schema") if given and given.get("type") == "json_schema" else None
+        return own if isinstance(own, dict) else None
+
+    @property
+    def thinking_level(self) -> str | None:
+        """What was asked, on the one scale of `LEVELS`; None if nothing was."""
+        if self.thinking and self.thinking.type in ("disabled", "between_tools"):
+            return "none"
+        if self.output_config and self.output_config.effort:
+            return self.output_config.effort
+        if not self.thinking:
+            return None
+        budget = self.thinking.budget_tokens
+        return "medium" if budget is None else next(level for most, level in BUDGET_LEVELS if budget < most)
+
+    @property
+    def forced_tool(self) -> bool:
+        return self.tool_choice is not None and self.tool_choice.type in ("any", "tool")
+
+    @property
+    def serial_tools(self) -> bool:
+        return self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
+
+    @property
+    def tool_names(self) -> dict[str, str]:
+        """Tool-call id → name of the tool, over the whole history."""
+        calls = (b for m in self.messages for b in m.blocks if isinstance(b, ToolUseBlock))
+        return {call.id: call.name for call in calls}
+
+
+LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+BUDGET_LEVELS = ((4_096, "low"), (12_288, "medium"), (math.inf, "high"))
+LEVEL_BUDGETS = {"minimal": 1_024, "low": 2_048, "medium": 8_192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
+
+
+def parse_request(
+    body: JSON, *, headers: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None
+) -> MessageRequest:
+    """Check a request body and say what it means.
+
+    Raises `InvalidRequestError` whose `param` is the place in the caller's own body: `messages[2].content[0].text`.
+    """
+    given = {key: value for key, value in body.items() if value is not None}
+    try:
+        request = MessageRequest.model_validate(given)
+    except ValidationError as fault:
+        raise _validation_error(fault, given) from None
+    except RecursionError:
+        raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
+    request._body = {key: value for key, value in given.items() if key != "provider_keys"}
+    request._headers = dict(headers or {})
+    request._provider, request._name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
+    _check_messages(request)
+    _check_tools(request)
+    _check_options(request)
+    return request
+
+
+def split_model(model: str, aliases: Iterable[str] = ()) -> tuple[str, str]:
+    """`provider/model`, cut at the first slash. Raises `InvalidRequestError` for anything else."""
+    provider, slash, name = model.partition("/")
+    shown = _printable(model, 100)
+    if not slash or not provider or not name:
+        also = f", or one of the aliases {', '.join(sorted(aliases))}" if aliases else ""
+        raise InvalidRequestError(f"model must be 'provider/model'{also}; got {shown!r}", param="model")
+    if provider not in PROVIDERS:
+        raise InvalidRequestError(f"unknown provider {provider[:40]!r}; known: {', '.join(PROVIDERS)}", param="model")
+    if len(model) > 256 or not MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
+        raise InvalidRequestError(f"{shown!r} is not a model name in the form provider/model", param="model")
+    return provider, name
+
+
+def _validation_error(fault: ValidationError, body: JSON) -> Error:
+    """The first complaint, at its place in the caller's body: union tags, which pydantic adds to the path, fall out."""
+    first = fault.errors(include_url=False, include_input=False, include_context=False)[0]
+    path: list[str | int] = []
+    value: Any = body
+    for number, step in enumerate(first["loc"]):
+        inside = isinstance(value, dict) and step in value
+        if inside or (isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)):
+            path.append(step)
+            value = value[step]
+        elif first["type"] == "missing" and number == len(first["loc"]) - 1:
+            path.append(step)
+    param = _join(path)
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return InvalidRequestError(f"{param}: must be an object", param=param)
+        message = "is required" if kind is None else f"unknown type {str(kind)[:50]!r}"
+        return InvalidRequestError(f"{param}.type: {_printable(message)}", param=f"{param}.type")
+    return InvalidRequestError(f"{param}: {first['msg'][:300]}" if param else "the body must be an object", param=param)
+
+
+def _check_messages(request: MessageRequest) -> None:
+    called: set[str] = set()
+    answered: set[str] = set()
+    for i, message in enumerate(request.messages):
+        for j, block in enumerate(message.blocks):
+            place = f"messages[{i}].content[{j}]"
+            _check_role(message.role, block, place)
+            _check_block(block, place)
+            if isinstance(block, ToolUseBlock):
+                if block.id in called:
+                    raise InvalidRequestError(f"{place}.id: this id was used before", param=f"{place}.id")
+                called.add(block.id)
+            elif isinstance(block, ToolResultBlock):
+                where = f"{place}.tool_use_id"
+                if block.tool_use_id not in called:
+                    raise InvalidRequestError(f"{where}: no earlier tool_use has this id", param=where)
+                if block.tool_use_id in answered:
+                    raise InvalidRequestError(f"{where}: this tool_use already has a result", param=where)
+                answered.add(block.tool_use_id)
+
+
+def _check_role(role: str, block: Block, place: str) -> None:
+    wrong = _USER_ONLY if role == "assistant" else _ASSISTANT_ONLY
+    if isinstance(block, wrong) or (role == "system" and not isinstance(block, TextBlock)):
+        raise InvalidRequestError(
+            f"{place}.type: {block.type} does not belong in a {role} message", param=f"{place}.type"
+        )
+
+
+def _check_block(block: Block, place: str) -> None:
+    source = getattr(block, "source", None)
+    if isinstance(source, Base64Source):
+        try:
+            binascii.a2b_base64(source.data, strict_mode=True)
+        except ValueError:
+            raise InvalidRequestError(f"{place}.source.data: not valid base64", param=f"{place}.source.data") from None
+    if isinstance(block, ToolResultBlock) and not isinstance(block.content, str):
+        for k, inner in enumerate(block.content):
+            inner_place = f"{place}.content[{k}]"
+            if isinstance(inner, (ToolUseBlock, ToolResultBlock, ThinkingBlock, RedactedThinkingBlock)):
+                raise InvalidRequestError(f"{inner_place}.type: not in a tool result", param=f"{inner_place}.type")
+            _check_block(inner, inner_place)
+
+
+def _check_tools(request: MessageRequest) -> None:
+    seen: set[str] = set()
+    for i, tool in enumerate(request.tools):
+        if isinstance(tool, FunctionTool):
+            if tool.name in seen:
+                raise InvalidRequestError(f"tools[{i}].name: an earlier tool has this name", param=f"tools[{i}].name")
+            seen.add(tool.name)
+    choice = request.tool_choice
+    named = choice is not None and choice.type == "tool"
+    if choice and named and choice.name not in seen and not any(isinstance(t, ServerTool) for t in request.tools):
+        raise InvalidRequestError("tool_choice.name: no tool has this name", param="tool_choice.name")
+    if request.forced_tool and not request.tools:
+        raise InvalidRequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+
+
+def _check_options(request: MessageRequest) -> None:
+    thinking = request.thinking
+    if thinking and thinking.type == "enabled" and thinking.budget_tokens is None:
+        raise InvalidRequestError("thinking.budget_tokens: is required", param="thinking.budget_tokens")
+    if request.voice is not None:
+        raise unsupported("voice", "this version of vai", param="voice")
+    if request.output_format and request.json_schema in (None, {}):
+        raise InvalidRequestError("output_format.json_schema: is required", param="output_format.json_schema")
+    for provider, extra in request.extensions.items():
+        if fixed := FIXED_FIELDS & extra.keys():
+            param = f"extensions.{provider}.{min(fixed)}"
+            raise InvalidRequestError(f"{param}: extensions cannot set this", param=param)
+
+
+FIXED_FIELDS = {"model", "messages", "input", "contents", "stream", "project", "request", "base_url", "api_base"}
+
+
+# == The response ======================================================================================================
+
+
+class _Response(BaseModel):
+    """What a provider answered, read leniently: unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+
+    def to_wire(self) -> JSON:
+        return self.model_dump(exclude_unset=True)
+
+
+class Text(_Response):
+    type: Literal["text"] = "text"
+    text: str
+    citations: list[JSON] | None = None
+
+
+class ToolUse(_Response):
+    type: Literal["tool_use"] = "tool_use"
+    id: str
+    name: str
+    input: JSON
+
+
+class ThinkingText(_Response):
+    """`thinking` may be empty: the signature is what carries the reasoning to the next turn."""
+
+    type: Literal["thinking"] = "thinking"
+    thinking: str
+    signature: str = ""
+
+
+class Media(_Response):
+    """A generated image, or speech with its `transcript`."""
+
+    type: Literal["image", "audio"]
+    source: JSON
+    transcript: str | None = None
+
+
+class OtherBlock(_Response):
+    """`redacted_thinking`, server-tool blocks, and whatever comes next."""
+
+    type: str
+
+
+def _content_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if kind in ("text", "tool_use", "thinking") else "media" if kind in ("image", "audio") else "other"
+
+
+ContentBlock: TypeAlias = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[ToolUse, Tag("tool_use")]
+    | Annotated[ThinkingText, Tag("thinking")]
+    | Annotated[Media, Tag("media")]
+    | Annotated[OtherBlock, Tag("other")],
+    Discriminator(_content_kind),
+]
+
+
+class Usage(_Response):
+    """Tokens, in Anthropic's arithmetic: the four parts do not overlap, `total_tokens` is their sum."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    total_tokens: int = 0
+
+
+class Message(_Response):
+    """The answer. `dropped` names the advisory fields of the request that the provider does not take."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[ContentBlock]
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    usage: Usage
+
+    _dropped: list[str] = PrivateAttr(default_factory=list)
+    _request_id: str | None = PrivateAttr(default=None)
+
+    @property
+    def dropped(self) -> list[str]:
+        return self._dropped
+
+    @property
+    def request_id(self) -> str | None:
+        return self._request_id
+
+    @property
+    def text(self) -> str:
+        """All text blocks, joined."""
+        return "".join(block.text for block in self.content if isinstance(block, Text))
+
+    @property
+    def thinking(self) -> str:
+        """All visible reasoning, joined."""
+        return "".join(block.thinking for block in self.content if isinstance(block, ThinkingText))
+
+    @property
+    def tool_calls(self) -> list[ToolUse]:
+        return [block for block in self.content if isinstance(block, ToolUse)]
+
+
+def count(value: Any) -> int:
+    """A token count from a provider: anything but a plausible number is 0."""
+    return int(value) if isinstance(value, (int, float)) and 0 <= value < 1e15 else 0
+
+
+def make_usage(prompt: Any = 0, output: Any = 0, *, cached: Any = 0, written: Any = 0, thinking: Any = None) -> JSON:
+    """Usage from a provider that counts cached and written tokens inside the prompt."""
+    read, created = count(cached), count(written)
+    usage: JSON = {
+        "input_tokens": max(0, count(prompt) - read - created),
+        "output_tokens": count(output),
+        "cache_read_input_tokens": read,
+        "cache_creation_input_tokens": created,
+    }
+    usage["total_tokens"] = sum(usage.values())
+    if thinking is not None:
+        usage["output_tokens_details"] = {"thinking_tokens": count(thinking)}
+    return usage
+
+
+# == Events ============================================================================================================
+
+
+@dataclass(slots=True)
+class TextDelta:
+    text: str
+    type: ClassVar = "text_delta"
+
+
+@dataclass(slots=True)
+class InputJSONDelta:
+    partial_json: str
+    type: ClassVar = "input_json_delta"
+
+
+@dataclass(slots=True)
+class ThinkingDelta:
+    thinking: str
+    type: ClassVar = "thinking_delta"
+
+
+@dataclass(slots=True)
+class SignatureDelta:
+    signature: str
+    type: ClassVar = "signature_delta"
+
+
+@dataclass(slots=True)
+class CitationsDelta:
+    citation: JSON
+    type: ClassVar = "citations_delta"
+
+
+@dataclass(slots=True)
+class OtherDelta:
+    """A delta that vai does not know, as it came."""
+
+    raw: JSON
+
+    @property
+    def type(self) -> str:
+        return str(self.raw.get("type"))
+
+
+Delta: TypeAlias = TextDelta | InputJSONDelta | ThinkingDelta | SignatureDelta | CitationsDelta | OtherDelta
+
+
+@dataclass(slots=True)
+class MessageStart:
+    message: Message
+    type: ClassVar = "message_start"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "message": self.message.to_wire()}
+
+
+@dataclass(slots=True)
+class ContentBlockStart:
+    index: int
+    content_block: ContentBlock
+    type: ClassVar = "content_block_start"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "index": self.index, "content_block": self.content_block.to_wire()}
+
+
+@dataclass(slots=True)
+class ContentBlockDelta:
+    index: int
+    delta: Delta
+    type: ClassVar = "content_block_delta"
+
+    def to_wire(self) -> JSON:
+        delta = self.delta
+        if isinstance(delta, OtherDelta):
+            return {"type": self.type, "index": self.index, "delta": delta.raw}
+        name = delta.__slots__[0]
+        return {"type": self.type, "index": self.index, "delta": {"type": delta.type, name: getattr(delta, name)}}
+
+
+@dataclass(slots=True)
+class ContentBlockStop:
+    index: int
+    type: ClassVar = "content_block_stop"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "index": self.index}
+
+
+@dataclass(slots=True)
+class MessageDelta:
+    """`delta` holds `stop_reason` and `stop_sequence`; `usage` is cumulative and final."""
+
+    delta: JSON
+    usage: Usage
+    type: ClassVar = "message_delta"
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self.delta.get("stop_reason")
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "delta": self.delta, "usage": self.usage.to_wire()}
+
+
+@dataclass(slots=True)
+class MessageStop:
+    type: ClassVar = "message_stop"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type}
+
+
+@dataclass(slots=True)
+class Ping:
+    type: ClassVar = "ping"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type}
+
+
+StreamEvent: TypeAlias = (
+    MessageStart | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop | Ping
+)
+
+
+def sse_frame(event: StreamEvent) -> bytes:
+    """An event as the bytes of a server-sent event."""
+    if type(event) is ContentBlockDelta and type(event.delta) is TextDelta:  # nine in ten: written without a dict
+        return (
+            'event: content_block_delta\ndata: {"type":"content_block_delta","index":'
+            f'{event.index},"delta":{{"type":"text_delta","text":{_quoted(event.delta.text)}}}}}\n\n'
+        ).encode("ascii")
+    return b"event: %b\ndata: %b\n\n" % (event.type.encode("ascii"), dumps(event.to_wire()))
+
+
+def event_from_wire(data: JSON) -> StreamEvent | None:
+    """The event that a canonical wire object speaks of; None for a type that vai does not know."""
+    match data["type"]:
+        case "content_block_delta":
+            return ContentBlockDelta(data["index"], _delta_from_wire(data["delta"]))
+        case "content_block_start":
+            return ContentBlockStart(data["index"], parse_block(data["content_block"]))
+        case "content_block_stop":
+            return ContentBlockStop(data["index"])
+        case "message_start":
+            return MessageStart(Message.model_validate(data["message"]))
+        case "message_delta":
+            return MessageDelta(data["delta"], Usage.model_validate(data["usage"]))
+        case "message_stop":
+            return MessageStop()
+        case "ping":
+            return Ping()
+    return None
+
+
+_DELTAS: dict[str, type[TextDelta | InputJSONDelta | ThinkingDelta | SignatureDelta | CitationsDelta]] = {
+    delta.type: delta for delta in (TextDelta, InputJSONDelta, ThinkingDelta, SignatureDelta, CitationsDelta)
+}
+
+
+def _delta_from_wire(delta: JSON) -> Delta:
+    known = _DELTAS.get(delta["type"])
+    return known(delta[known.__slots__[0]]) if known else OtherDelta(delta)
+
+
+def accumulate(events: Iterable[StreamEvent]) -> Message | None:
+    """Add up a stream: the message that a request without `stream` would have got. None without `message_start`."""
+    total = Accumulator()
+    for event in events:
+        total.add(event)
+    return total.message
+
+
+class Accumulator:
+    """The mirror of `EventBuilder`. `message` is complete up to the last event that was added."""
+
+    def __init__(self) -> None:
+        self.message: Message | None = None
+        self._pieces: list[str] = []
+
+    def add(self, event: StreamEvent) -> None:
+        if isinstance(event, MessageStart):
+            self.message = event.message.model_copy(deep=True)
+            return
+        if self.message is None:
+            return
+        match event:
+            case ContentBlockDelta(delta=TextDelta(piece) | ThinkingDelta(piece) | InputJSONDelta(piece)):
+                self._pieces.append(piece)
+            case ContentBlockStart(content_block=block):
+                self.message.content.append(block.model_copy(deep=True))
+                self._pieces = []
+            case ContentBlockDelta(delta=delta):
+                self._add_rare(self.message.content[-1], delta)
+            case ContentBlockStop():
+                self.settle()
+            case MessageDelta(delta=delta, usage=usage):
+                for name, value in delta.items():
+                    setattr(self.message, name, value)
+                self.message.usage = usage
+
+    def settle(self) -> None:
+        """Join what has come of the open block."""
+        pieces, self._pieces = "".join(self._pieces), []
+        block = self.message.content[-1] if self.message and self.message.content else None
+        match block:
+            case Text():
+                block.text += pieces
+            case ThinkingText():
+                block.thinking += pieces
+            case ToolUse() if pieces:
+                block.input = tool_input(pieces)
+            case OtherBlock() if pieces:
+                setattr(block, "input", tool_input(pieces))  # noqa: B010  (an extra field: the class has none)
+
+    @staticmethod
+    def _add_rare(block: ContentBlock, delta: Delta) -> None:
+        match block, delta:
+            case ThinkingText(), SignatureDelta(signature):
+                block.signature += signature
+            case Text(), CitationsDelta(citation):
+                block.citations = [*(block.citations or ()), citation]
+            case _, OtherDelta(raw):
+                for name, value in raw.items():
+                    if name != "type":
+                        setattr(block, name, value)
+
+
+def tool_input(arguments: str) -> JSON:
+    """A tool call's arguments as an object; what is none is kept under `invalid_json`, never lost."""
+    try:
+        parsed = (loads(arguments) if arguments.strip() else None) or {}
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"invalid_json": arguments}
+
+
+# == Server-sent events ================================================================================================
+
+
+@dataclass(slots=True)
+class SSE:
+    event: str
+    data: str
+
+
+class SSEDecoder:
+    """Bytes in, events out, as the HTML standard has it: CR, LF or CRLF, comments, several `data` lines, a BOM.
+
+    Raises `ProviderError` with code `event_too_large` for an event over `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 32 << 20) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []  # of the unfinished line
+        self._size = 0
+        self._data: list[bytes] = []
+        self._event = ""
+        self._after_cr = False
+        self._first = True
+
+    def feed(self, chunk: bytes) -> list[SSE]:
+        if self._after_cr and chunk:
+            self._after_cr = False
+            if chunk[0] == 0x0A:
+                chunk = chunk[1:]
+        if b"\r" in chunk:
+            self._after_cr = chunk[-1] == 0x0D
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        self._size += len(chunk)
+        if self._size > self._limit:
+            raise ProviderError(f"the provider sent an event of over {self._limit} bytes", code="event_too_large")
+        if b"\n" not in chunk:
+            self._parts.append(chunk)
+            return []
+        lines = (b"".join(self._parts) + chunk if self._parts else chunk).split(b"\n")
+        self._parts = [last] if (last := lines.pop()) else []
+        events = self._lines(lines)
+        if events:
+            self._size = len(last) + sum(map(len, self._data))
+        return events
+
+    def close(self) -> list[SSE]:
+        """The end of the body. Some servers leave out the last blank line; an event that is whole still counts."""
+        lines = [b"".join(self._parts), b""] if self._parts else [b""]
+        self._parts = []
+        return self._lines(lines)
+
+    def _lines(self, lines: Iterable[bytes]) -> list[SSE]:
+        events: list[SSE] = []
+        for line in lines:
+            if not line:
+                if self._data:
+                    data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+                    events.append(SSE(self._event, data.decode("utf-8", "replace")))
+                self._data, self._event = [], ""
+                continue
+            if self._first:
+                self._first = False
+                line = line.removeprefix(codecs.BOM_UTF8)
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value[1:] if value[:1] == b" " else value)
+            elif name == b"event":
+                self._event = value.removeprefix(b" ").decode("utf-8", "replace")
+        return events
+
+
+# == The grammar of a stream ===========================================================================================
+
+
+@dataclass(slots=True)
+class _OpenBlock:
+    key: Any
+    block: ContentBlock
+    deltas: list[Delta] = field(default_factory=list)  # held back while another block is being written
+    closed: bool = False
+
+
+class EventBuilder:
+    """Writes SPEC's grammar of events, once for all adapters: blocks from 0, one open at a time, none reopened.
+
+    A block has a `key` of the adapter's choosing. While one block is open, later ones wait; text and thinking end when
+    something else begins, a tool call when its arguments are whole.
+    """
+
+    def __init__(self, provider: str, taken_ids: Iterable[str] = ()) -> None:
+        self.provider = provider
+        self.started = self.ended = False
+        self.called_tools = False
+        self.usage: Usage | None = None
+        self.index = -1
+        self._open: _OpenBlock | None = None
+        self._waiting: list[_OpenBlock] = []
+        self._arguments: list[str] = []  # of the open tool call
+        self._ids = set(taken_ids)
+
+    # -- message ----------------------------------------------------------------------------------------------------
+
+    def start(self, id: Any, model: Any, usage: JSON | None = None, **more: Any) -> list[StreamEvent]:
+        """`message_start`, once; `model` as the provider reports it."""
+        if self.started:
+            return []
+        self.started = True
+        message = Message(
+            id=id if isinstance(id, str) and id else f"msg_{secrets.token_hex(12)}",
+            type="message",
+            role="assistant",
+            model=f"{self.provider}/{model}",
+            content=[],
+            stop_reason=None,
+            stop_sequence=None,
+            usage=Usage(**(usage or make_usage())),
+            **more,
+        )
+        return [MessageStart(message)]
+
+    def finish(
+        self, stop_reason: str, usage: JSON, *, stop_sequence: str | None = None, **more: Any
+    ) -> list[StreamEvent]:
+        """Everything that is still open, then `message_delta` and `message_stop`."""
+        events: list[StreamEvent] = []
+        for block in self._waiting:
+            block.closed = True
+        if self._open:
+            events += self._end()
+        if stop_reason == "end_turn" and self.called_tools:
+            stop_reason = "tool_use"
+        self.ended, self.usage = True, Usage(**usage)
+        delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence, **more}
+        return [*events, MessageDelta(delta, self.usage), MessageStop()]
+
+    # -- blocks -----------------------------------------------------------------------------------------------------
+
+    def text(self, text: str, key: Any = "text") -> list[StreamEvent]:
+        if not text:
+            return []
+        if self._open and self._open.key == key:
+            return [ContentBlockDelta(self.index, TextDelta(text))]
+        return [*self._ensure(key, Text(type="text", text="")), *self.delta(key, TextDelta(text))]
+
+    def thinking(self, text: str, key: Any = "thinking") -> list[StreamEvent]:
+        if not text:
+            return []
+        block = ThinkingText(type="thinking", thinking="", signature="")
+        return [*self._ensure(key, block), *self.delta(key, ThinkingDelta(text))]
+
+    def state(self, state: JSON, key: Any = "thinking") -> list[StreamEvent]:
+        """What the provider wants back in a later turn, in the signature of a thinking block, open or new."""
+        events = self._ensure(key, ThinkingText(type="thinking", thinking="", signature=""))
+        return [*events, *self.delta(key, SignatureDelta(sign(self.provider, state))), *self.close(key)]
+
+    def tool_use(self, key: Any, id: Any, name: str, arguments: str | None = None) -> list[StreamEvent]:
+        """A tool call; `arguments` if they came whole, else by `arguments(key, fragment)`."""
+        self.called_tools = True
+        events = self.open(key, ToolUse(type="tool_use", id=self._tool_id(id), name=name, input={}))
+        if arguments is not None:
+            whole = tool_input(arguments)
+            text = arguments if "invalid_json" not in whole else dumps(whole).decode("ascii")
+            events += [*self.delta(key, InputJSONDelta(text)), *self.close(key)] if text.strip() else self.close(key)
+        return events
+
+    def arguments(self, key: Any, fragment: str) -> list[StreamEvent]:
+        return self.delta(key, InputJSONDelta(fragment)) if fragment else []
+
+    def whole(self, block: JSON) -> list[StreamEvent]:
+        """A block that needs no deltas: an image, a server tool's result."""
+        key = object()
+        return [*self.open(key, parse_block(block)), *self.close(key)]
+
+    def citation(self, citation: JSON, key: Any = "text") -> list[StreamEvent]:
+        return self.delta(key, CitationsDelta(citation))
+
+    # -- the one place that knows what is open ----------------------------------------------------------------------
+
+    def is_open(self, key: Any) -> bool:
+        return any(block.key == key and not block.closed for block in (self._open, *self._waiting) if block)
+
+    def open(self, key: Any, block: ContentBlock) -> list[StreamEvent]:
+        events: list[StreamEvent] = []
+        if self._open and not self._waiting and self._complete(self._open):
+            events += self._end()
+        entry = _OpenBlock(key, block)
+        if self._open:
+            self._waiting.append(entry)
+            return events
+        return events + self._begin(entry)
+
+    def delta(self, key: Any, delta: Delta) -> list[StreamEvent]:
+        if self._open and self._open.key == key:
+            if isinstance(delta, InputJSONDelta):
+                self._arguments.append(delta.partial_json)
+            return [ContentBlockDelta(self.index, delta)]
+        for entry in reversed(self._waiting):
+            if entry.key == key and not entry.closed:
+                entry.deltas.append(delta)
+        return []
+
+    def close(self, key: Any) -> list[StreamEvent]:
+        if self._open and self._open.key == key:
+            return self._end()
+        for entry in self._waiting:
+            if entry.key == key:
+                entry.closed = True
+        return []
+
+    def _ensure(self, key: Any, block: ContentBlock) -> list[StreamEvent]:
+        return [] if self.is_open(key) else self.open(key, block)
+
+    def _complete(self, entry: _OpenBlock) -> bool:
+        if not isinstance(entry.block, ToolUse):
+            return isinstance(entry.block, (Text, ThinkingText)) and not isinstance(entry.key, tuple)
+        try:
+            return bool(self._arguments) and isinstance(loads("".join(self._arguments)), dict)
+        except ValueError:
+            return False
+
+    def _begin(self, entry: _OpenBlock) -> list[StreamEvent]:
+        self.index += 1
+        self._open, self._arguments = entry, []
+        events: list[StreamEvent] = [ContentBlockStart(self.index, entry.block)]
+        for delta in entry.deltas:
+            events += self.delta(entry.key, delta)
+        return events
+
+    def _end(self) -> list[StreamEvent]:
+        events: list[StreamEvent] = [ContentBlockStop(self.index)]
+        self._open = None
+        while self._waiting:
+            entry = self._waiting.pop(0)
+            events += self._begin(entry)
+            if not entry.closed and not (self._waiting and self._complete(entry)):
+                break
+            events.append(ContentBlockStop(self.index))
+            self._open = None
+        return events
+
+    def _tool_id(self, id: Any) -> str:
+        """The provider's id if every provider takes it and it is new, else one of ours."""
+        good = isinstance(id, str) and TOOL_ID.fullmatch(id) and id not in self._ids
+        taken = str(id) if good else INVENTED_ID + secrets.token_hex(10)
+        self._ids.add(taken)
+        return taken
+
+
+INVENTED_ID = "toolu_vai_"
+
+
+def parse_block(block: JSON) -> ContentBlock:
+    """A block from a provider, as leniently as a `Message` reads it."""
+    kind = _content_kind(block)
+    try:
+        return _BLOCK_CLASSES[kind].model_validate(block)
+    except ValidationError:
+        return OtherBlock.model_validate({"type": "unknown", **block})
+
+
+_BLOCK_CLASSES: dict[str, type[Text | ToolUse | ThinkingText | Media | OtherBlock]] = {
+    "text": Text,
+    "tool_use": ToolUse,
+    "thinking": ThinkingText,
+    "media": Media,
+    "other": OtherBlock,
+}
+
+
+# == Signatures ========================================================================================================
+# A thinking block's signature carries what a provider wants back, in an envelope: `vai1.PROVIDER.BASE64URL(JSON)`.
+# Whatever is not in that envelope is Anthropic's, and goes to Anthropic byte for byte.
+#
+#     {"item": {…}}            a Responses item to replay as it was (reasoning: the summary is the block's text)
+#     {"part": {…}}            a Gemini part, likewise
+#     {"next": {…}}            keys to add to the item or part of the block that follows
+#     {"prev": {…}}            … or of the block before
+#     {"text": 1}              plain reasoning text (Groq, Cerebras)
+
+_ENVELOPE = re.compile(r"vai1\.([a-z-]{1,20})\.([A-Za-z0-9_-]*)")
+
+
+def sign(provider: str, state: JSON) -> str:
+    packed = base64.urlsafe_b64encode(dumps(state)).decode("ascii").rstrip("=")
+    return f"vai1.{provider}.{packed}"
+
+
+def signed_by(signature: str | None) -> str | None:
+    """Which provider's a signature is; None where there is none or it is damaged."""
+    if not signature:
+        return None
+    found = _ENVELOPE.fullmatch(signature)
+    return found[1] if found else None if signature.startswith("vai1.") else "anthropic"
+
+
+def carried(signature: str | None, provider: str) -> JSON:
+    """The state inside a signature of this provider; empty for any other's."""
+    if not signature or signed_by(signature) != provider or not (found := _ENVELOPE.fullmatch(signature)):
+        return {}
+    try:
+        state = loads(base64.urlsafe_b64decode(found[2] + "=" * (-len(found[2]) % 4)))
+    except ValueError:
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def portable_id(id: str, pattern: re.Pattern[str] = TOOL_ID) -> str:
+    """A tool-call id that the target takes: itself, else always the same stand-in."""
+    return id if pattern.fullmatch(id) else "toolu_" + hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+# == Models and their traits ===========================================================================================
+# What depends on the model stands here and nowhere else. A newer name of a known family gets the newest traits; any
+# other name (a local model, a fine-tune) is sent what was asked.
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What one model takes. `efforts` empty: no reasoning switch at all; None: unknown, send what was asked."""
+
+    efforts: tuple[str, ...] | None = None
+    sampling: Literal["yes", "one", "unreasoned", "no"] = (
+        "yes"  # one: temperature or top_p; unreasoned: with effort none
+    )
+    tools: Literal["yes", "unreasoned", "no"] = "yes"
+    forced_tools: bool = True
+    prefill: bool = True
+    thinking: tuple[str, ...] = ()  # Anthropic's `thinking.type`s; Gemini: "level" or "budget"
+    system_role: str = "system"
+    max_tokens: str = "max_completion_tokens"
+    stops: int | None = None  # None: as the provider's table says
+    generation: tuple[int, int] = (0, 0)
+
+
+_CLAUDE = re.compile(
+    r"claude-(?:(?P<family>[a-z]+)-(?P<major>\d+)(?:-(?P<minor>\d{1,2})(?!\d))?"
+    r"|(?P<old_major>\d+)(?:-(?P<old_minor>\d{1,2})(?!\d))?-(?P<old_family>[a-z]+))"
+)
+_EFFORTS_4_6 = ("low", "medium", "high", "max")
+_EFFORTS_4_7 = ("low", "medium", "high", "xhigh", "max")
+
+
+def claude_traits(model: str) -> Traits:
+    """platform.claude.com/docs: thinking, effort, migration-2026-10-21 and the model pages."""
+    found = _CLAUDE.match(model)
+    if not found:
+        return Traits(thinking=("enabled", "adaptive", "disabled", "between_tools"))
+    family = found["family"] or found["old_family"]
+    version = (int(found["major"] or found["old_major"]), int(found["minor"] or found["old_minor"] or 0))
+    always_on = family in ("fable", "mythos")
+    if version < (4, 6) and not always_on:
+        efforts: tuple[str, ...] = _EFFORTS_4_6[:3] if (family, version) == ("opus", (4, 5)) else ()
+        thinks = version >= (4, 0) or version == (3, 7)
+        one = version >= (4, 1) and not (family == "sonnet" and version < (4, 5))
+        return Traits(
+            efforts,
+            "one" if one else "yes",
+            thinking=("enabled", "disabled") if thinks else ("disabled",),
+            generation=version,
+        )
+    if version == (4, 6) and not always_on:
+        return Traits(
+            _EFFORTS_4_6, "one", prefill=False, thinking=("adaptive", "enabled", "disabled"), generation=version
+        )
+    modes: tuple[str, ...] = ("adaptive", "disabled")
+    if always_on or (family == "opus" and version >= (5, 5)):
+        modes = ("adaptive",)
+    elif family == "sonnet" and version >= (5, 5):
+        modes = ("adaptive", "between_tools")
+    unforced = version >= (5, 1) if always_on else version >= (5, 5) and family in ("opus", "sonnet")
+    newest = version > (5, 5) and not always_on  # unknown to this table: as strict as the strictest known
+    return Traits(
+        _EFFORTS_4_7, "no", forced_tools=not (unforced or newest), prefill=False, thinking=modes, generation=version
+    )
+
+
+_GPT = re.compile(r"gpt-(\d+)(?:\.(\d+))?(?P<rest>.*)")
+
+
+def openai_traits(model: str) -> Traits:
+    """developers.openai.com: the model pages, reasoning guide and the 400s they document."""
+    if re.match(r"o\d", model):
+        no_stop = 0 if re.match(r"(o3|o4-mini)(?!-mini)", model) else None
+        return Traits(("low", "medium", "high"), "no", system_role="developer", stops=no_stop)
+    found = _GPT.match(model)
+    if model.startswith(("codex", "gpt-daybreak", "gpt-rosalind")):
+        return Traits(("low", "medium", "high"), "no", system_role="developer")
+    if not found or "oss" in model:
+        known = model.startswith(("gpt-", "chatgpt-"))
+        return Traits(
+            () if known and "oss" not in model else None, max_tokens="max_completion_tokens" if known else "max_tokens"
+        )
+    version, rest = (int(found[1]), int(found[2] or 0)), found["rest"]
+    if version < (5, 0) or "chat" in rest or re.match(r"-?\d+o", rest):
+        return Traits(())
+    reasons = Traits((), "unreasoned", system_role="developer", generation=version)
+    efforts: tuple[str, ...]
+    if version == (5, 0):
+        efforts = ("high",) if "pro" in rest else ("minimal", "low", "medium", "high")
+        return dataclasses.replace(reasons, efforts=efforts, sampling="no")
+    if "codex" in rest or "pro" in rest:
+        efforts = ("low", "medium", "high", "xhigh") if version >= (5, 2) else ("low", "medium", "high")
+        return dataclasses.replace(reasons, efforts=efforts, sampling="no")
+    if version < (5, 6):
+        efforts = ("none", "low", "medium", "high", *(("xhigh",) if version >= (5, 2) else ()))
+        return dataclasses.replace(reasons, efforts=efforts, tools="unreasoned" if version >= (5, 4) else "yes")
+    if "astra" in rest or (version >= (6, 1) and "luna" not in rest):
+        efforts = ("low", "medium", "high", "xhigh", "max")
+        return dataclasses.replace(reasons, efforts=efforts, sampling="no", tools="no")
+    efforts = ("none", "low", "medium", "high", "xhigh", "max")
+    return dataclasses.replace(reasons, efforts=efforts, tools="unreasoned")
+
+
+def groq_traits(model: str) -> Traits:
+    """console.groq.com/docs/reasoning."""
+    if "gpt-oss" in model:
+        return Traits(("low", "medium", "high"))
+    if found := re.search(r"qwen-?(\d+)(?:\.(\d+))?", model):
+        newer = (int(found[1]), int(found[2] or 0)) >= (3, 8)
+        return Traits(("none", "low", "medium", "high") if newer else ("none", "default"))
+    return Traits(() if re.match(r"(meta-)?llama|mixtral|gemma|moonshotai|groq/compound|compound", model) else None)
+
+
+def cerebras_traits(model: str) -> Traits:
+    """inference-docs.cerebras.ai/capabilities/reasoning."""
+    if "gpt-oss" in model:
+        return Traits(("low", "medium", "high"))
+    return Traits(() if model.startswith(("llama", "gemma")) else ("none", "low", "medium", "high"))
+
+
+def gemini_traits(model: str) -> Traits:
+    """ai.google.dev/gemini-api/docs/thinking and the model pages."""
+    found = re.match(r"gemini-(\d+)(?:\.(\d+))?(?P<rest>.*)", model)
+    if not found:
+        return Traits(None, thinking=("level",) if model.startswith("gemini") else ("budget",))
+    version, rest = (int(found[1]), int(found[2] or 0)), found["rest"]
+    levels: tuple[str, ...]
+    if version >= (3, 0):
+        without_minimal = "pro" in rest or version >= (3, 8)
+        levels = ("low", "medium", "high") if without_minimal else ("minimal", "low", "medium", "high")
+        return Traits(levels, thinking=("level",), generation=version)
+    if version < (2, 5) or "image" in rest or "tts" in rest:
+        return Traits((), generation=version)
+    levels = ("minimal", "low", "medium", "high", "max") if "pro" in rest else LEVELS
+    return Traits(levels, thinking=("budget",), generation=version)
+
+
+def clamp_level(level: str, allowed: Sequence[str]) -> str:
+    """The allowed level nearest to the one asked for, from below where there is one."""
+    if level in allowed:
+        return level
+    if "default" in allowed:  # a switch, not a scale
+        return "none" if level == "none" else "default"
+    below = [word for word in allowed if word in LEVELS and LEVELS.index(word) < LEVELS.index(level)]
+    return below[-1] if below else allowed[0]
+
+
+# == Adapters ==========================================================================================================
+
+
+@dataclass(slots=True)
+class HTTPRequest:
+    """A request to an upstream. Its repr shows neither headers nor body."""
+
+    url: str
+    headers: dict[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+    method: str = "POST"
+
+
+class Secret(str):
+    """A string that does not show itself: not in a repr, and so not in a traceback's locals."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def bearer(key: str) -> Secret:
+    return Secret(f"Bearer {key}")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A provider key, and whether the caller brought it. Its repr does not show it."""
+
+    key: Secret
+    own: bool = True
+    project: str | None = None  # gemini-oauth: the Code Assist project
+
+
+_REFUSAL_WORDS = re.compile(
+    r"(?i)unsupported|not supported|does not support|not permitted|not allowed|unknown|unrecognized|deprecated|rejected"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One provider: where it is, what it can do, and the translation to and from its wire format."""
+
+    id: str
+    name: str
+    base_url: str
+    key_env: tuple[str, ...]
+    url_env: tuple[str, ...]
+    byok: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    native_tools: tuple[str, ...] = ()
+    sampling: tuple[str, ...] = ("temperature", "top_p")
+    max_stops: int = 4
+    # The provider's name for an advisory field in a 400 → what vai calls it, so that it can be left out and reported.
+    advisory: ClassVar[dict[str, str]] = {}
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        """The provider's request. Fills `request.dropped`; raises `InvalidRequestError` (`unsupported_feature`)."""
+        raise NotImplementedError
+
+    def decoder(self, request: MessageRequest) -> StreamDecoder:
+        """A fresh decoder for the stream that answers `request`."""
+        raise NotImplementedError
+
+    def decode(self, body: Any, request: MessageRequest) -> Message:
+        """The whole answer of a request without `stream`. Raises `ProviderError` for what is none."""
+        decoder = self.decoder(request)
+        with _unreadable(self.id):
+            message = accumulate([*decoder.feed_whole(body), *decoder.close()])
+        if message is None:
+            raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
+        return message
+
+    def traits(self, model: str) -> Traits:
+        return Traits()
+
+    def refused_field(self, fault: Error, request: MessageRequest) -> str | None:
+        """The advisory field that a 400 of the provider names, to be left out of a second try."""
+        detail = fault.provider_error if isinstance(fault.provider_error, dict) else {}
+        if not isinstance(fault, InvalidRequestError) or fault.provider is None:
+            return None
+        named = [field for name, field in self.advisory.items() if detail.get("param") == name]
+        if not named and _REFUSAL_WORDS.search(fault.message):
+            found = re.findall(r"[A-Za-z_][A-Za-z_.]*", fault.message)
+            named = [field for name, field in self.advisory.items() if name in found]
+        return next((field for field in named if field not in request.dropped), None)
+
+    # -- what encoders share ----------------------------------------------------------------------------------------
+
+    def refuse(self, feature: str, capability: str, param: str | None = None) -> Error:
+        have = [p.id for p in PROVIDERS.values() if capability in p.capabilities or capability in p.native_tools]
+        return unsupported(feature, self.id, [id for id in have if id != self.id], param=param)
+
+    def level(self, request: MessageRequest) -> str | None:
+        """The reasoning effort to send; None to send none."""
+        asked, efforts = request.thinking_level, self.traits(request.model_name).efforts
+        if asked is None or {"thinking", "output_config.effort"} & set(request.dropped):
+            return None
+        if efforts == ():
+            if asked != "none":
+                request.drop("thinking" if request.thinking else "output_config.effort")
+            return None
+        return clamp_level(asked, efforts) if efforts else asked
+
+    def native_stops(self, request: MessageRequest) -> list[str]:
+        """The stop sequences that the provider looks for; `cut_stops` has the rest."""
+        most = self.traits(request.model_name).stops
+        return request.stop_sequences[: self.max_stops if most is None else most]
+
+    def cut_stops(self, request: MessageRequest) -> list[str]:
+        return request.stop_sequences[len(self.native_stops(request)) :]
+
+    def sampling_fields(self, request: MessageRequest, taken: bool = True) -> JSON:
+        """`temperature`, `top_p`, `top_k` as far as this provider and model take them; the rest is reported."""
+        out: JSON = {}
+        for name in ("temperature", "top_p", "top_k"):
+            value = getattr(request, name)
+            if value is None or name in request.dropped:
+                continue
+            if taken and name in self.sampling:
+                out[name] = value
+            else:
+                request.drop(name)
+        return out
+
+    def drop_foreign(self, request: MessageRequest) -> None:
+        """Report what only Anthropic has a form for."""
+        blocks = (block for message in request.messages for block in message.blocks)
+        system = request.system if not isinstance(request.system, str) else []
+        if any(getattr(item, "cache_control", None) for item in (*blocks, *system, *request.tools)):
+            request.drop("cache_control")
+        request.drop(*(request.model_extra or {}))
+
+    def posted(self, request: MessageRequest, url: str, headers: Mapping[str, str], body: JSON) -> HTTPRequest:
+        """The finished request, with the caller's `extensions` for this provider merged in."""
+        extra = request.extensions.get(self.id) or {}
+        try:
+            raw = dumps(_merged(body, extra) if extra else body)
+        except ValueError:
+            raise InvalidRequestError("must be a finite number", param=_join(_nonfinite(request.body) or ())) from None
+        except RecursionError:
+            raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
+        return HTTPRequest(url, {"Content-Type": "application/json", **headers}, raw)
+
+
+def _merged(base: JSON, extra: Mapping[str, Any]) -> JSON:
+    out = dict(base)
+    for key, value in extra.items():
+        old = out.get(key)
+        out[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+@contextlib.contextmanager
+def _unreadable(provider: str) -> Iterator[None]:
+    """Whatever a provider's nonsense makes an adapter stumble over is one clean error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, OverflowError):
+        raise ProviderError(
+            f"{provider} sent an answer that is not in its format", provider=provider, code="unreadable_answer"
+        ) from None
+
+
+def native_tools(request: MessageRequest) -> Iterator[tuple[str, JSON]]:
+    """(neutral name, config) of each native tool, Anthropic's versioned ones read as the neutral ones they are."""
+    for tool, given in zip(request.tools, request.body.get("tools") or (), strict=True):
+        if isinstance(tool, NativeTool):
+            yield tool.type, dict(tool.config)
+        elif isinstance(tool, ServerTool):
+            stem = re.sub(r"_\d{8}$", "", tool.type)
+            config = {key: value for key, value in given.items() if key not in ("type", "name", "cache_control")}
+            yield {"computer": "computer_use", "computer_toolset": "computer_use"}.get(stem, stem), config
+
+
+class StreamDecoder:
+    """A provider's stream in, canonical events out: `feed` an `SSE`, `close` at the end of input.
+
+    Raises an `Error` for an error event, for what cannot be read, and (`StreamTruncated`) for a stream without its
+    end. After `message_stop` it says nothing more.
+    """
+
+    def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
+        self.adapter = adapter
+        self.provider = adapter.id
+        self.request = request
+        self.build = EventBuilder(adapter.id, request.tool_names)
+        stops = adapter.cut_stops(request)
+        self._cutter = StopCutter(stops) if stops else None
+
+    @property
+    def ended(self) -> bool:
+        return self.build.ended
+
+    @property
+    def ending(self) -> bool:
+        """Whether the answer is whole but for what may still be said about it: not worth a long wait."""
+        return False
+
+    def feed(self, sse: SSE) -> list[StreamEvent]:
+        if self.build.ended:
+            return []
+        with _unreadable(self.provider):
+            events = self.read(sse)
+        return self._cutter.feed(events) if self._cutter else events
+
+    def feed_whole(self, body: Any) -> list[StreamEvent]:
+        """A whole answer, as if it had come in one event."""
+        if isinstance(body, dict) and body.get("error") and body.get("status") is None:
+            raise stream_error(self.provider, body["error"])
+        events = self.chunk(body)
+        return self._cutter.feed(events) if self._cutter else events
+
+    def close(self) -> list[StreamEvent]:
+        if self.build.ended:
+            return []
+        with _unreadable(self.provider):
+            events = self.end()
+        return self._cutter.feed(events) if self._cutter else events
+
+    def read(self, sse: SSE) -> list[StreamEvent]:
+        return self.chunk(loads(sse.data))
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        raise NotImplementedError
+
+    def end(self) -> list[StreamEvent]:
+        raise StreamTruncated(provider=self.provider)
+
+
+class StopCutter:
+    """Stop sequences where the provider has none: text after the first is left out, the answer's bill is not.
+
+    Text that may be the beginning of a stop sequence is held back until that is decided.
+    """
+
+    def __init__(self, sequences: Iterable[str]) -> None:
+        self._sequences = tuple(sequences)
+        self._held = ""
+        self._found: str | None = None
+        self._block: ContentBlockStart | None = None
+
+    def feed(self, events: Iterable[StreamEvent]) -> list[StreamEvent]:
+        out: list[StreamEvent] = []
+        for event in events:
+            if isinstance(event, MessageDelta) and self._found is not None:
+                event.delta |= {"stop_reason": "stop_sequence", "stop_sequence": self._found}
+                out.append(event)
+            elif self._found is not None and not isinstance(event, MessageStop):
+                continue
+            elif isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
+                out += self._text(event.index, event.delta.text)
+            else:
+                if isinstance(event, ContentBlockStop) and self._held:
+                    out.append(ContentBlockDelta(event.index, TextDelta(self._held)))
+                    self._held = ""
+                out.append(event)
+        return out
+
+    def _text(self, index: int, text: str) -> list[StreamEvent]:
+        text = self._held + text
+        places = [(place, s) for s in self._sequences if (place := text.find(s)) >= 0]
+        if places:
+            cut, self._found = min(places)
+            self._held = ""
+            kept: list[StreamEvent] = [ContentBlockDelta(index, TextDelta(text[:cut]))] if cut else []
+            return [*kept, ContentBlockStop(index)]
+        hold = max((n for s in self._sequences for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - hold :] if hold else ""
+        free = text[: len(text) - hold] if hold else text
+        return [ContentBlockDelta(index, TextDelta(free))] if free else []
+
+
+def closed_schema(schema: Any) -> Any:
+    """A JSON schema whose objects say `additionalProperties: false`, as constrained decoding asks of every one."""
+    if isinstance(schema, list):
+        return [closed_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {
+        key: value if key in ("enum", "const", "default", "examples") else closed_schema(value)
+        for key, value in schema.items()
+    }
+    if out.get("type") == "object" or isinstance(out.get("properties"), dict):
+        out.setdefault("additionalProperties", False)
+    return out
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether OpenAI's strict mode takes the schema: every object closed, every property required."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if schema.get("type") == "object" or "properties" in schema:
+        if schema.get("additionalProperties") is not False:
+            return False
+        if set(schema.get("properties") or ()) - set(schema.get("required") or ()):
+            return False
+    return all(is_strict(value) for key, value in schema.items() if key not in ("enum", "const", "default", "examples"))
+
+
+# == Anthropic =========================================================================================================
+# POST /v1/messages. The canonical format is a superset of this one, so what goes out is the caller's own body with the
+# few things taken away or renamed that the model would refuse, each by a function of that block alone: a history
+# keeps its bytes from turn to turn, to which Claude's thinking signatures are bound.
+
+ANTHROPIC_VERSION = "2026-10-21"
+ANTHROPIC_SAMPLING_VERSION = "2023-06-01"
+ANTHROPIC_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
+ANTHROPIC_NATIVE = {  # neutral name → (until Claude 4.5, since 4.6), name: WIRE types of the Messages API
+    "web_search": ("web_search_20250305", "web_search_20260318", "web_search"),
+    "code_execution": ("code_execution_20250825", "code_execution_20260521", "code_execution"),
+    "text_editor": ("text_editor_20250728", "text_editor_20250728", "str_replace_based_edit_tool"),
+    "computer_use": ("computer_20250124", "computer_toolset_20260801", "computer"),
+}
+ANTHROPIC_OWN = {"output_format", "output", "voice", "extensions", "provider_keys", "temperature", "top_p", "top_k"}
+
+
+@dataclass(frozen=True, slots=True)
+class Anthropic(Adapter):
+    """POST /v1/messages."""
+
+    advisory: ClassVar[dict[str, str]] = {
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "top_k": "top_k",
+        "thinking": "thinking",
+        "effort": "output_config.effort",
+        "metadata": "metadata",
+    }
+
+    def traits(self, model: str) -> Traits:
+        return claude_traits(model)
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        traits = self.traits(request.model_name)
+        if missing := {"image", "audio"} & request.modalities:
+            raise self.refuse(f"{min(missing)} output", f"{min(missing)}_output", "output.modalities")
+        if request.messages[-1].role == "assistant" and not traits.prefill:
+            raise unsupported(
+                f"a last message of the assistant (prefill) with {request.model_name}", self.id, param="messages"
+            )
+        body = {key: value for key, value in request.body.items() if key not in ANTHROPIC_OWN}
+        for name in request.dropped:
+            body.pop(name, None)
+        if not request.system_text.strip():
+            body.pop("system", None)
+        body["model"] = request.model_name
+        body.setdefault("max_tokens", max_tokens)
+        body["messages"] = anthropic_messages(request)
+        if not request.stream:
+            body.pop("stream", None)
+        if request.tools:
+            body["tools"] = [
+                self._tool(tool, given, traits)
+                for tool, given in zip(request.tools, request.body["tools"], strict=True)
+            ]
+        if request.forced_tool and not traits.forced_tools:
+            raise unsupported(
+                f"a forced tool_choice with {request.model_name}",
+                self.id,
+                param="tool_choice",
+                hint="use tool_choice auto",
+            )
+        if request.output_format and request.json_schema:
+            schema = closed_schema(request.json_schema)
+            body["output_config"] = {
+                **body.get("output_config", {}),
+                "format": {"type": "json_schema", "schema": schema},
+            }
+        self._think(request, traits, body)
+        version = request.headers.get("anthropic-version")
+        sampling = self._sampling(request, traits, body, version)
+        headers = {
+            "x-api-key": credential.key,
+            "anthropic-version": version or (ANTHROPIC_SAMPLING_VERSION if sampling else ANTHROPIC_VERSION),
+        }
+        if beta := self._beta(request, body):
+            headers["anthropic-beta"] = beta
+        return self.posted(request, f"{base_url}/v1/messages", headers, body | sampling)
+
+    def decoder(self, request: MessageRequest) -> StreamDecoder:
+        return AnthropicDecoder(self, request)
+
+    def decode(self, body: Any, request: MessageRequest) -> Message:
+        """Already canonical but for the model's name and `total_tokens`; checked, not rebuilt."""
+        with _unreadable(self.id):
+            if body.get("type") == "error" or body.get("error"):
+                raise stream_error(self.id, body.get("error"))
+            blocks = [parse_block(block) for block in body["content"]]
+            usage = Usage(**anthropic_usage(body.get("usage")))
+            fields = {key: value for key, value in body.items() if key not in ("content", "usage")}
+            message = Message.model_validate({**fields, "content": blocks, "usage": usage} | self._named(body))
+            if not message.stop_reason and not blocks:
+                raise ValueError("neither content nor a stop reason")
+        return message
+
+    def _named(self, body: JSON) -> JSON:
+        id = body.get("id")
+        return {"id": id if isinstance(id, str) and id else f"msg_{secrets.token_hex(12)}", "type": "message",
+                "role": "assistant", "model": f"{self.id}/{body.get('model')}"}  # fmt: skip
+
+    def _tool(self, tool: Tool, given: JSON, traits: Traits) -> JSON:
+        if isinstance(tool, NativeTool):
+            if tool.type not in ANTHROPIC_NATIVE:
+                raise self.refuse(f"the tool {tool.type}", tool.type, "tools")
+            old, new, name = ANTHROPIC_NATIVE[tool.type]
+            kind = old if (0, 0) < traits.generation < (4, 6) else new
+            named = {} if kind.startswith("computer_toolset") else {"name": name}
+            return {"type": kind, **named, **{k: v for k, v in tool.config.items() if k not in ("type", "name")}}
+        if isinstance(tool, FunctionTool) and given.get("type") == "function":
+            return {**given, "type": "custom"}
+        return given
+
+    def _think(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
+        """`thinking` and effort in the words of this model (WIRE of each Claude generation)."""
+        config = dict(body.get("output_config") or {})
+        if "output_config.effort" in request.dropped:
+            config.pop("effort", None)
+        level, thinking = request.thinking_level, request.thinking
+        if "thinking" in request.dropped:
+            thinking = None
+            body.pop("thinking", None)
+        if thinking and thinking.type not in traits.thinking:
+            body.pop("thinking", None)
+            if level == "none":
+                if "between_tools" in traits.thinking:
+                    body["thinking"] = {"type": "between_tools"}
+                elif "disabled" in traits.thinking:
+                    body["thinking"] = {"type": "disabled"}
+                elif "adaptive" in traits.thinking:
+                    config["effort"] = "low"
+            elif "adaptive" in traits.thinking:
+                body["thinking"] = {"type": "adaptive", "display": "summarized"}
+                config["effort"] = level or "medium"
+            elif "enabled" in traits.thinking:
+                body["thinking"] = {"type": "enabled", "budget_tokens": LEVEL_BUDGETS[level or "medium"]}
+            else:
+                request.drop("thinking")
+        if (kind := body.get("thinking", {}).get("type")) == "enabled":
+            self._fit_budget(request, body)
+        if effort := config.get("effort"):
+            if traits.efforts == ():
+                del config["effort"]
+                if not thinking or thinking.type != "adaptive":
+                    request.drop("output_config.effort")
+            elif traits.efforts:
+                strict = kind in ("disabled", "between_tools")
+                config["effort"] = clamp_level(
+                    effort, [e for e in traits.efforts if not strict or e not in ("xhigh", "max")]
+                )
+        if config:
+            body["output_config"] = config
+        else:
+            body.pop("output_config", None)
+
+    def _fit_budget(self, request: MessageRequest, body: JSON) -> None:
+        """`1024 <= budget_tokens < max_tokens`, no forced tool, and no tool loop that began without thinking."""
+        most = body["max_tokens"] - 1
+        if most < 1024 or request.forced_tool or _unthought_tool_loop(body["messages"]):
+            del body["thinking"]
+            request.drop("thinking")
+        else:
+            body["thinking"] = {
+                **body["thinking"],
+                "budget_tokens": max(1024, min(body["thinking"]["budget_tokens"], most)),
+            }
+
+    def _sampling(self, request: MessageRequest, traits: Traits, body: JSON, version: str | None) -> JSON:
+        thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
+        taken = traits.sampling != "no" and (version is None or version < ANTHROPIC_VERSION) and not thinks
+        fields = self.sampling_fields(request, taken)
+        if traits.sampling == "one" and {"temperature", "top_p"} <= fields.keys():
+            del fields["top_p"]
+            request.drop("top_p")
+        return fields
+
+    def _beta(self, request: MessageRequest, body: JSON) -> str:
+        given = request.headers.get("anthropic-beta", "")
+        tools = str([tool.get("type") for tool in body.get("tools", ())])
+        needed = [beta for kind, beta in ANTHROPIC_BETAS.items() if kind in tools and beta not in given]
+        return ",".join([*([given] if given else []), *needed])
+
+
+ANTHROPIC_BETAS = {"computer_20250124": "computer-use-2025-01-24"}
+
+
+def anthropic_messages(request: MessageRequest) -> list[JSON]:
+    """The caller's messages without what Claude has no form for; whatever stays keeps its bytes."""
+    out: list[JSON] = []
+    for message, given in zip(request.messages, request.body["messages"], strict=True):
+        content = given["content"]
+        if isinstance(content, list):
+            kept = [
+                b
+                for block, raw in zip(message.blocks, content, strict=True)
+                if (b := _anthropic_block(message.role, block, raw))
+            ]
+            content = kept if kept != content else content
+            results_first = sorted(content, key=lambda b: b.get("type") != "tool_result")
+            content = results_first if message.role == "user" and results_first != content else content
+        if content and (not isinstance(content, str) or content.strip()):
+            out.append(given if content is given["content"] else {**given, "content": content})
+    if not out:
+        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+    return out
+
+
+def _anthropic_block(role: str, block: Block, given: JSON) -> JSON | None:
+    """The block as Claude takes it: nearly always itself; None where it has none."""
+    match block:
+        case TextBlock(text=text) if not text.strip():
+            return None
+        case ThinkingBlock(signature=signature):
+            return given if signed_by(signature) == "anthropic" else None
+        case ServerBlock():
+            id = given.get("id") or given.get("tool_use_id")
+            return given if not isinstance(id, str) or id.startswith(("srvtoolu_", "mcptoolu_")) else None
+        case ImageBlock() | AudioBlock() if role == "assistant":
+            return None
+        case AudioBlock() | VideoBlock():
+            kind = "audio_input" if isinstance(block, AudioBlock) else "video"
+            raise PROVIDERS["anthropic"].refuse(f"{block.type} input", kind, "messages")
+        case ToolUseBlock(id=id) if not ANTHROPIC_ID.fullmatch(id):
+            return {**given, "id": portable_id(id)}
+        case ToolResultBlock(tool_use_id=id) if not ANTHROPIC_ID.fullmatch(id):
+            return {**given, "tool_use_id": portable_id(id)}
+    return given
+
+
+def _unthought_tool_loop(messages: Sequence[JSON]) -> bool:
+    """Whether the open tool loop has an assistant turn without thinking: with a budget, Claude refuses that."""
+    for message in reversed(messages):
+        content = message["content"]
+        blocks = content if isinstance(content, list) else []
+        if message["role"] == "assistant":
+            if blocks and blocks[0].get("type") not in ("thinking", "redacted_thinking"):
+                return any(block.get("type") == "tool_use" for block in blocks)
+        elif message["role"] == "user" and not any(block.get("type") == "tool_result" for block in blocks):
+            return False
+    return False
+
+
+def anthropic_usage(usage: Any, before: Mapping[str, Any] | None = None) -> JSON:
+    """Usage with `total_tokens`; in a stream the last value of each field counts."""
+    given = {key: value for key, value in (usage or {}).items() if value is not None}
+    parts = make_usage() | dict(before or {}) | given
+    four = {
+        name: count(parts.get(name))
+        for name in ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    }
+    return parts | four | {"total_tokens": sum(four.values())}
+
+
+class AnthropicDecoder(StreamDecoder):
+    """Anthropic's own events, their grammar written anew: what came out of order goes out in order, or is an error."""
+
+    def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
+        super().__init__(adapter, request)
+        self._usage: JSON = {}
+        self._stop: JSON = {}
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        match chunk["type"]:
+            case "content_block_delta":
+                return self._delta(chunk["index"], chunk["delta"])
+            case "content_block_start":
+                block = chunk["content_block"]
+                if not self.build.started or self.build.is_open(chunk["index"]):
+                    raise ValueError("out of order")
+                return self.build.open(chunk["index"], parse_block(block))
+            case "content_block_stop":
+                return self.build.close(chunk["index"])
+            case "message_start":
+                return self._start(chunk["message"])
+            case "message_delta":
+                self._usage = anthropic_usage(chunk.get("usage"), self._usage)
+                self._stop |= {key: value for key, value in chunk["delta"].items() if value is not None}
+            case "message_stop":
+                if not self.build.started:
+                    raise ValueError("out of order")
+                stop: JSON = {"stop_reason": "end_turn"} | self._stop
+                return self.build.finish(usage=self._usage or make_usage(), **stop)
+            case "error":
+                raise stream_error(self.provider, chunk.get("error"))
+            case "ping" if self.build.started:
+                return [Ping()]
+        return []
+
+    def _start(self, message: JSON) -> list[StreamEvent]:
+        self._usage = anthropic_usage(message.get("usage"))
+        named = ("id", "type", "role", "model", "content", "usage", "stop_reason", "stop_sequence")
+        more = {key: value for key, value in message.items() if key not in named}
+        return self.build.start(message.get("id"), message.get("model"), self._usage, **more)
+
+    def _delta(self, index: Any, delta: JSON) -> list[StreamEvent]:
+        if not self.build.is_open(index):
+            raise ValueError("a delta for a block that is not open")
+        return self.build.delta(index, _delta_from_wire(delta))
+
+
+# == OpenAI Chat Completions (also Groq, Cerebras) =====================================================================
+# POST /chat/completions. One content string and one list of tool calls a turn: text after a call moves before it.
+
+CHAT_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none"}
+AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
+
+
+@dataclass(frozen=True, slots=True)
+class Chat(Adapter):
+    """POST /chat/completions: OpenAI, and any local server that speaks it."""
+
+    user_field: str = "safety_identifier"
+    usage_option: bool = True  # usage in a stream has to be asked for
+    image_urls: bool = True
+    audio: bool = False
+    pdf: bool = False
+    reasoning_back: bool = False  # takes its own reasoning text back
+
+    advisory: ClassVar[dict[str, str]] = {
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "reasoning_effort": "thinking",
+        "reasoning_format": "thinking",
+        "include_reasoning": "thinking",
+        "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+        "safety_identifier": "metadata",
+        "user": "metadata",
+    }
+
+    def traits(self, model: str) -> Traits:
+        return openai_traits(model)
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        traits = self.traits(request.model_name)
+        body: JSON = {"model": request.model_name, "messages": chat_messages(request, self, traits.system_role)}
+        if request.max_tokens is not None:
+            body[traits.max_tokens] = request.max_tokens
+        if request.stream:
+            body["stream"] = True
+            if self.usage_option:
+                body["stream_options"] = {"include_usage": True}
+        if stops := self.native_stops(request):
+            body["stop"] = stops
+        if request.metadata and request.metadata.user_id and "metadata" not in request.dropped:
+            body[self.user_field] = request.metadata.user_id
+        self._tools(request, body)
+        if request.json_schema:
+            body["response_format"] = {"type": "json_schema", "json_schema": self._schema(request, request.json_schema)}
+        self._modalities(request, body)
+        self._reasoning(request, traits, body)
+        body |= self.sampling_fields(request, self._samples(traits, body))
+        self.drop_foreign(request)
+        headers = {"Authorization": bearer(credential.key)}
+        return self.posted(request, f"{base_url}/chat/completions", headers, body)
+
+    def decoder(self, request: MessageRequest) -> StreamDecoder:
+        return ChatDecoder(self, request)
+
+    def _tools(self, request: MessageRequest, body: JSON) -> None:
+        tools = [chat_tool(tool) for tool in request.functions]
+        for kind, config in native_tools(request):
+            tools += self._native(request, kind, config, body)
+        if not tools:
+            return
+        body["tools"] = tools
+        if choice := request.tool_choice:
+            named = {"type": "function", "function": {"name": choice.name}}
+            body["tool_choice"] = named if choice.type == "tool" else CHAT_TOOL_CHOICE[choice.type]
+            if choice.disable_parallel_tool_use and "tool_choice.disable_parallel_tool_use" not in request.dropped:
+                body["parallel_tool_calls"] = False
+
+    def _native(self, request: MessageRequest, kind: str, config: JSON, body: JSON) -> list[JSON]:
+        if kind == "web_search" and "search" in request.model_name:
+            body["web_search_options"] = {
+                k: v for k, v in config.items() if k in ("search_context_size", "user_location")
+            }
+            return []
+        raise self.refuse(f"the tool {kind}", kind, "tools")
+
+    def _schema(self, request: MessageRequest, schema: JSON) -> JSON:
+        closed = closed_schema(schema)
+        return {"name": "response", "schema": closed, "strict": is_strict(closed)}
+
+    def _modalities(self, request: MessageRequest, body: JSON) -> None:
+        if "image" in request.modalities:
+            raise self.refuse("image output", "image_output", "output.modalities")
+        if "audio" in request.modalities:
+            if not self.audio:
+                raise self.refuse("audio output", "audio_output", "output.modalities")
+            wanted = (request.output and request.output.audio) or AudioOutput()
+            spoken = "pcm16" if request.stream else "wav"  # a stream of samples is the only one OpenAI has
+            body["modalities"] = ["text", "audio"]
+            body["audio"] = {"voice": wanted.voice or "alloy", "format": wanted.format or spoken}
+
+    def _reasoning(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
+        level = self.level(request)
+        if "tools" in body and traits.tools != "yes":
+            if traits.tools == "no" or level not in (None, "none"):
+                what = "tools" if traits.tools == "no" else "tools with thinking"
+                hint = f"use oai-resp/{request.model_name}"
+                raise unsupported(f"{what} on {request.model_name}", self.id, ["oai-resp"], param="tools", hint=hint)
+            level = "none"
+        if level:
+            body["reasoning_effort"] = level
+
+    def _samples(self, traits: Traits, body: JSON) -> bool:
+        return traits.sampling == "yes" or (traits.sampling == "unreasoned" and body.get("reasoning_effort") == "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Groq(Chat):
+    """Groq's dialect: reasoning text in `reasoning`, tools of its own (console.groq.com/docs/reasoning, /compound)."""
+
+    def traits(self, model: str) -> Traits:
+        return groq_traits(model)
+
+    def _reasoning(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
+        level, model = self.level(request), request.model_name
+        if level:
+            body["reasoning_effort"] = clamp_level(level, traits.efforts or ("none", "low", "medium", "high"))
+        if "gpt-oss" in model and request.thinking_level == "none":
+            body["include_reasoning"] = False
+        elif "qwen" in model and "thinking" not in request.dropped:
+            body["reasoning_format"] = "parsed"  # unset it is raw: <think> in the middle of the text
+
+    def _native(self, request: MessageRequest, kind: str, config: JSON, body: JSON) -> list[JSON]:
+        if kind not in self.native_tools:
+            raise self.refuse(f"the tool {kind}", kind, "tools")
+        request.drop(*(f"tools.{kind}.{name}" for name in config))
+        if "compound" in request.model_name:
+            enabled = body.setdefault("compound_custom", {"tools": {"enabled_tools": []}})["tools"]["enabled_tools"]
+            enabled.append({"code_execution": "code_interpreter"}.get(kind, kind))
+            return []
+        return [{"type": {"web_search": "browser_search", "code_execution": "code_interpreter"}[kind]}]
+
+    def _schema(self, request: MessageRequest, schema: JSON) -> JSON:
+        out = Chat._schema(self, request, schema)
+        return out | {"strict": out["strict"] and "gpt-oss" in request.model_name}
+
+
+@dataclass(frozen=True, slots=True)
+class Cerebras(Chat):
+    """Cerebras' dialect (inference-docs.cerebras.ai/capabilities/reasoning)."""
+
+    def traits(self, model: str) -> Traits:
+        return cerebras_traits(model)
+
+    def _reasoning(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
+        if level := self.level(request):
+            body["reasoning_effort"] = clamp_level(level, traits.efforts or ("none", "low", "medium", "high"))
+        if traits.efforts != () and "thinking" not in request.dropped:
+            body["reasoning_format"] = "parsed"
+
+
+def chat_tool(tool: FunctionTool) -> JSON:
+    function: JSON = {"name": tool.name, "parameters": tool.input_schema}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
+
+
+def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> list[JSON]:
+    """The history, with media of tool results moved to the user message behind them: a tool message is only text."""
+    out: list[JSON] = [{"role": system_role, "content": request.system_text}] if request.system_text else []
+    media: list[JSON] = []  # of tool results, until a message comes that may hold it
+    for message in request.messages:
+        if message.role == "user":
+            results = [block for block in message.blocks if isinstance(block, ToolResultBlock)]
+            for result in results:
+                text, more = _chat_result(result, adapter)
+                out.append({"role": "tool", "tool_call_id": portable_id(result.tool_use_id), "content": text})
+                media += more
+            rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
+            if parts := [part for block in rest for part in chat_parts(block, adapter)]:
+                out.append({"role": "user", "content": _chat_content([*media, *parts])})
+                media = []
+            continue
+        if media:
+            out.append({"role": "user", "content": media})
+            media = []
+        if message.role == "system":
+            text = "\n\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
+            out += [{"role": system_role, "content": text}] if text else []
+        elif turn := _chat_assistant(message, adapter):
+            out.append(turn)
+    if media:
+        out.append({"role": "user", "content": media})
+    if not any(message["role"] != system_role for message in out):
+        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+    return out
+
+
+def _chat_content(parts: list[JSON]) -> str | list[JSON]:
+    """One text as a plain string, which every local server reads too."""
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def _chat_assistant(message: MessageParam, adapter: Chat) -> JSON | None:
+    blocks = message.blocks
+    text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
+    if not text:
+        text = "".join(block.transcript or "" for block in blocks if isinstance(block, AudioBlock))
+    calls = [
+        {
+            "id": portable_id(block.id),
+            "type": "function",
+            "function": {"name": block.name, "arguments": dumps(block.input).decode("ascii")},
+        }
+        for block in blocks
+        if isinstance(block, ToolUseBlock)
+    ]
+    reasoning = [b.thinking for b in blocks if isinstance(b, ThinkingBlock) and signed_by(b.signature) == adapter.id]
+    if not text and not calls:
+        return None
+    out: JSON = {"role": "assistant"}
+    if text:
+        out["content"] = text
+    if reasoning and adapter.reasoning_back:
+        out["reasoning"] = "".join(reasoning)
+    if calls:
+        out["tool_calls"] = calls
+    return out
+
+
+def _chat_result(result: ToolResultBlock, adapter: Chat) -> tuple[str, list[JSON]]:
+    """A tool result's text, marked if it is an error, and its other parts."""
+    parts = [part for block in result.blocks for part in chat_parts(block, adapter)]
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    media = [part for part in parts if part["type"] != "text"]
+    return marked_error(text, result.is_error), media
+
+
+def marked_error(text: str, is_error: bool | None) -> str:
+    """Where a wire format has no flag for a failed tool, the text says it."""
+    return f"Error: {text}" if is_error and not text.lower().startswith("error") else text
+
+
+def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
+    """A block as user content: nothing for what has no form in history, an error for what is meant to be read."""
+    match block:
+        case TextBlock(text=text):
+            return [{"type": "text", "text": text}] if text else []
+        case ImageBlock(source=Base64Source(data_url=url)):
+            return [{"type": "image_url", "image_url": {"url": url}}]
+        case ImageBlock(source=URLSource(url=url)) if adapter.image_urls:
+            return [{"type": "image_url", "image_url": {"url": url}}]
+        case ImageBlock():
+            raise adapter.refuse(f"an image by {block.source.type}", "vision", "messages")
+        case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
+            return [{"type": "text", "text": text}]
+        case DocumentBlock(source=Base64Source(data_url=url)) if adapter.pdf:
+            return [{"type": "file", "file": {"filename": block.filename, "file_data": url}}]
+        case DocumentBlock(source=FileSource(file_id=id)) if adapter.pdf:
+            return [{"type": "file", "file": {"file_id": id}}]
+        case DocumentBlock():
+            raise adapter.refuse(f"a document by {block.source.type}", "documents", "messages")
+        case AudioBlock(source=source):
+            spoken = AUDIO_FORMATS.get(source.media_type.partition(";")[0].strip().lower())
+            if not adapter.audio or not spoken:
+                raise adapter.refuse(f"{source.media_type} input", "audio_input", "messages")
+            return [{"type": "input_audio", "input_audio": {"data": source.data, "format": spoken}}]
+        case VideoBlock():
+            raise adapter.refuse("video input", "video", "messages")
+    return []
+
+
+def chat_usage(usage: Any) -> JSON:
+    prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
+    return make_usage(
+        usage.get("prompt_tokens"),
+        usage.get("completion_tokens"),
+        cached=prompt.get("cached_tokens"),
+        written=prompt.get("cache_write_tokens"),
+        thinking=output.get("reasoning_tokens"),
+    )
+
+
+def url_citation(url: Any, title: Any, text: str = "", **more: Any) -> JSON:
+    """A citation of a web page, in the shape of Anthropic's `web_search_result_location`."""
+    return {
+        "type": "web_search_result_location",
+        "url": url or "",
+        "title": title or "",
+        "cited_text": text,
+        "encrypted_index": "",
+    } | more
+
+
+def joined_text(value: Any) -> str:
+    """Text that is a string, or a list of text parts."""
+    if isinstance(value, list):
+        return "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
+    return value if isinstance(value, str) else ""
+
+
+def web_result(url: Any, title: Any, text: Any = None) -> JSON:
+    """A hit, in the shape of Anthropic's `web_search_result`."""
+    found = {"type": "web_search_result", "url": url or "", "title": title or ""}
+    return found | {"encrypted_content": "", "page_age": None} | ({"text": text} if text else {})
+
+
+def execution_result(stdout: str, stderr: str = "") -> JSON:
+    """What code printed, in the shape of Anthropic's `code_execution_result`."""
+    code = 1 if stderr else 0
+    return {"type": "code_execution_result", "stdout": stdout, "stderr": stderr, "return_code": code, "content": []}
+
+
+class ChatDecoder(StreamDecoder):
+    """`chat.completion.chunk`s, or one `chat.completion`: its message reads as a delta that says everything at once."""
+
+    def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
+        super().__init__(adapter, request)
+        self._stop_reason = ""
+        self._usage: JSON | None = None
+        self._refused = False
+        self._calls: dict[int, tuple[Any, Any]] = {}  # index → (key in the builder, the provider's id)
+        self._audio: list[bytes] = []
+        self._transcript = ""
+
+    @property
+    def ending(self) -> bool:
+        return bool(self._stop_reason)
+
+    def read(self, sse: SSE) -> list[StreamEvent]:
+        return self.end() if sse.data.strip() == "[DONE]" else self.chunk(loads(sse.data))
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        if chunk.get("error"):
+            fault = chunk["error"] if isinstance(chunk["error"], dict) else {"message": chunk["error"]}
+            raise stream_error(self.provider, {"status_code": chunk.get("status_code")} | fault)
+        extra = chunk.get("x_groq") or {}
+        if extra.get("error"):
+            raise stream_error(self.provider, extra["error"])
+        if usage := chunk.get("usage") or extra.get("usage"):
+            self._usage = chat_usage(usage)
+        events: list[StreamEvent] = []
+        for choice in chunk.get("choices") or ():
+            if choice.get("index"):
+                continue  # n > 1, which only `extensions` can ask for: the first is the answer
+            events += self.build.start(chunk.get("id"), chunk.get("model") or self.request.model_name)
+            events += self._delta(choice.get("delta") or choice.get("message") or {})
+            if reason := choice.get("finish_reason"):
+                self._stop_reason = CHAT_STOP_REASONS.get(reason, "end_turn")
+        if self._stop_reason and self._usage and chunk.get("object") == "chat.completion.chunk":
+            events += self.end()
+        return events
+
+    def end(self) -> list[StreamEvent]:
+        if not self._stop_reason or not self.build.started:
+            raise StreamTruncated(provider=self.provider)
+        events = self._close_thinking()
+        if self._audio or self._transcript:
+            events += self.build.whole(self._audio_block())
+        reason = "refusal" if self._refused and self._stop_reason == "end_turn" else self._stop_reason
+        return events + self.build.finish(reason, self._usage or make_usage())
+
+    def _delta(self, delta: JSON) -> list[StreamEvent]:
+        build, text = self.build, delta.get("content")
+        if len(delta) == 1 and isinstance(text, str) and text:  # nine in ten
+            return self._close_thinking() + build.text(text)
+        events: list[StreamEvent] = []
+        if reasoning := joined_text(delta.get("reasoning_content") or delta.get("reasoning")):
+            events += build.thinking(reasoning)
+        if executed := delta.get("executed_tools"):
+            events += self._executed(executed)
+        if text:
+            events += self._close_thinking() + build.text(joined_text(text))
+        if refusal := delta.get("refusal"):
+            self._refused = True
+            events += self._close_thinking() + build.text(refusal)
+        for note in delta.get("annotations") or ():
+            if cited := note.get("url_citation"):
+                span = {name: cited[name] for name in ("start_index", "end_index") if name in cited}
+                events += build.citation(url_citation(cited.get("url"), cited.get("title"), **span))
+        for position, call in enumerate(delta.get("tool_calls") or ()):
+            events += self._close_thinking() + self._call(position, call)
+        if audio := delta.get("audio"):
+            self._audio.append(base64.b64decode(audio.get("data") or ""))
+            self._transcript += audio.get("transcript") or ""
+        return events
+
+    def _close_thinking(self) -> list[StreamEvent]:
+        return self.build.state({"text": 1}) if self.build.is_open("thinking") else []
+
+    def _call(self, position: int, call: JSON) -> list[StreamEvent]:
+        """A fragment of a tool call: id and name once, arguments in pieces keyed by index, or all of it at once."""
+        index, function = call.get("index", position), call.get("function") or {}
+        name, arguments = function.get("name"), function.get("arguments")
+        key, id = self._calls.get(index, (None, None))
+        if key is None or (name and call.get("id") and call["id"] != id):
+            key = ("call", index, len(self._calls), call.get("id"))
+            self._calls[index] = (key, call.get("id"))
+            if isinstance(arguments, dict):  # some local servers
+                arguments = dumps(arguments).decode("ascii")
+            whole = arguments if self._is_whole(arguments) else None
+            events = self.build.tool_use(key, call.get("id"), name or "", whole)
+            return events if whole is not None else events + self.build.arguments(key, arguments or "")
+        return self.build.arguments(key, arguments or "")
+
+    def _is_whole(self, arguments: str | None) -> bool:
+        return self.provider in ("groq", "cerebras") and bool(arguments)
+
+    def _executed(self, tools: Iterable[JSON]) -> list[StreamEvent]:
+        """Groq's own tools: what ran, and what came of it."""
+        events: list[StreamEvent] = []
+        for tool in tools:
+            output, found = tool.get("output"), (tool.get("search_results") or {}).get("results")
+            if output is None and found is None:
+                continue
+            id = f"srvgroq_{secrets.token_hex(10)}"
+            searched = found is not None or "search" in str(tool.get("type"))
+            name = "web_search" if searched else "code_execution"
+            given = tool_input(tool.get("arguments") or "")
+            events += self.build.whole({"type": "server_tool_use", "id": id, "name": name, "input": given})
+            content: Any = execution_result(output or "")
+            if searched:
+                content = [web_result(hit.get("url"), hit.get("title"), hit.get("content")) for hit in found or ()]
+            events += self.build.whole({"type": f"{name}_tool_result", "tool_use_id": id, "content": content})
+        return events
+
+    def _audio_block(self) -> JSON:
+        spoken = self.request.output.audio.format if self.request.output and self.request.output.audio else None
+        spoken = spoken or ("pcm16" if self.request.stream else "wav")
+        data = base64.b64encode(b"".join(self._audio)).decode("ascii")
+        return {
+            "type": "audio",
+            "source": {"type": "base64", "media_type": f"audio/{spoken}", "data": data},
+            "transcript": self._transcript,
+        }
+
+
+# == OpenAI Responses ==================================================================================================
+# POST /responses, stateless (`store: false`): reasoning and native calls are items, replayed from signatures.
+
+REPLAYED_KEYS = {  # what an item keeps on its way back, where the input type has fewer keys than the output type
+    "reasoning": ("id", "encrypted_content"),
+    "web_search_call": ("id", "action", "status"),
+    "file_search_call": ("id", "queries", "results", "status"),
+    "code_interpreter_call": ("id", "code", "container_id", "outputs", "status"),
+    "image_generation_call": ("id", "status"),
+    "custom_tool_call": ("call_id", "name", "input"),
+}
+CALL_OUTPUTS = {
+    "function_call": "function_call_output",
+    "custom_tool_call": "custom_tool_call_output",
+    "computer_call": "computer_call_output",
+}
+REPLAYED_ITEM = re.compile(r"reasoning|compaction|program|mcp_list_tools|[a-z_]+_(call|call_output|output)")
+RESPONSES_NATIVE: dict[str, JSON] = {
+    "web_search": {"type": "web_search"},
+    "code_execution": {"type": "code_interpreter", "container": {"type": "auto"}},
+    "file_search": {"type": "file_search"},
+    "computer_use": {"type": "computer"},
+    "image_generation": {"type": "image_generation"},
+}
+RESPONSES_INCLUDE = {
+    "web_search": "web_search_call.action.sources",
+    "code_execution": "code_interpreter_call.outputs",
+    "file_search": "file_search_call.results",
+}
+RESPONSES_NATIVE_NAMES = {
+    "web_search_call": "web_search",
+    "file_search_call": "file_search",
+    "code_interpreter_call": "code_execution",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Responses(Adapter):
+    """POST /responses."""
+
+    advisory: ClassVar[dict[str, str]] = {
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "reasoning": "thinking",
+        "reasoning.effort": "thinking",
+        "reasoning.summary": "thinking",
+        "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+        "safety_identifier": "metadata",
+    }
+
+    def traits(self, model: str) -> Traits:
+        return openai_traits(model)
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        traits = self.traits(request.model_name)
+        body: JSON = {"model": request.model_name, "input": response_items(request, self), "store": False}
+        if request.system_text:
+            body["instructions"] = request.system_text
+        if request.max_tokens is not None:
+            body["max_output_tokens"] = request.max_tokens
+        if request.stream:
+            body["stream"] = True
+        if request.metadata and request.metadata.user_id and "metadata" not in request.dropped:
+            body["safety_identifier"] = request.metadata.user_id
+        self._tools(request, body)
+        if schema := request.json_schema:
+            closed = closed_schema(schema)
+            body["text"] = {
+                "format": {"type": "json_schema", "name": "response", "schema": closed, "strict": is_strict(closed)}
+            }
+        level = self.level(request)
+        if level:
+            visible = request.thinking is not None and request.thinking_level != "none"
+            body["reasoning"] = {"effort": level} | ({"summary": "auto"} if visible else {})
+        samples = traits.sampling == "yes" or (traits.sampling == "unreasoned" and level == "none")
+        body |= self.sampling_fields(request, samples)
+        self.drop_foreign(request)
+        return self.posted(request, f"{base_url}/responses", {"Authorization": bearer(credential.key)}, body)
+
+    def decoder(self, request: MessageRequest) -> StreamDecoder:
+        return ResponsesDecoder(self, request)
+
+    def _tools(self, request: MessageRequest, body: JSON) -> None:
+        tools: list[JSON] = []
+        for tool in request.functions:
+            described = {"description": tool.description} if tool.description is not None else {}
+            strict = bool(tool.strict)  # null would let the API make the schema strict
+            tools.append(
+                {"type": "function", "name": tool.name, "parameters": tool.input_schema, "strict": strict} | described
+            )
+        native = dict(native_tools(request))
+        if "audio" in request.modalities:
+            raise self.refuse("audio output", "audio_output", "output.modalities")
+        if "image" in request.modalities:
+            wanted = (
+                request.output.image.model_dump(exclude_none=True) if request.output and request.output.image else {}
+            )
+            native["image_generation"] = wanted | native.get("image_generation", {})
+        for kind, config in native.items():
+            if kind not in self.native_tools:
+                raise self.refuse(f"the tool {kind}", kind, "tools")
+            tools.append(response_native_tool(request, kind, config))
+        if not tools:
+            return
+        body["tools"] = tools
+        if include := [RESPONSES_INCLUDE[kind] for kind in native if kind in RESPONSES_INCLUDE]:
+            body["include"] = include
+        if choice := request.tool_choice:
+            named = {"type": "function", "name": choice.name}
+            body["tool_choice"] = named if choice.type == "tool" else CHAT_TOOL_CHOICE[choice.type]
+            if choice.disable_parallel_tool_use and "tool_choice.disable_parallel_tool_use" not in request.dropped:
+                body["parallel_tool_calls"] = False
+
+
+def response_native_tool(request: MessageRequest, kind: str, config: JSON) -> JSON:
+    """A neutral tool with its configuration in OpenAI's words."""
+    tool, rest = dict(RESPONSES_NATIVE[kind]), dict(config)
+    if kind == "web_search":
+        if domains := rest.pop("allowed_domains", None):
+            tool["filters"] = {"allowed_domains": domains}
+        for name in ("max_uses", "blocked_domains"):
+            if rest.pop(name, None) is not None:
+                request.drop(f"tools.web_search.{name}")
+    elif kind == "computer_use":
+        request.drop(*(f"tools.computer_use.{name}" for name in rest))
+        rest = {}
+    elif kind == "file_search" and not rest.get("vector_store_ids"):
+        raise InvalidRequestError("file_search needs config.vector_store_ids on oai-resp", param="tools")
+    return tool | rest
+
+
+def response_items(request: MessageRequest, adapter: Adapter) -> list[JSON]:
+    """The history as input items, in the order in which they were said."""
+    out: list[JSON] = []
+    kinds: dict[str, str] = {}  # call id → type of the item that called
+    for message in request.messages:
+        if message.role == "assistant":
+            out += _response_turn(message, kinds)
+            continue
+        role = "developer" if message.role == "system" else "user"
+        for block in message.blocks:
+            if isinstance(block, ToolResultBlock):
+                out.append(_response_output(block, kinds, adapter))
+        rest = (block for block in message.blocks if not isinstance(block, ToolResultBlock))
+        if parts := [part for block in rest for part in response_parts(block, adapter)]:
+            plain = len(parts) == 1 and parts[0]["type"] == "input_text"
+            out.append({"role": role, "content": parts[0]["text"] if plain else parts})
+    if not out:
+        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+    return out
+
+
+def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
+    """An assistant message as items. Reasoning that lost the item it led to is left out: OpenAI would refuse it."""
+    items: list[JSON] = []
+    following: JSON = {}
+    spoken = any(isinstance(block, TextBlock) and block.text for block in message.blocks)
+    for block in message.blocks:
+        match block:
+            case ThinkingBlock(signature=signature, thinking=text):
+                state = carried(signature, "oai-resp")
+                following = _as_dict(state.get("next"))
+                if items and isinstance(state.get("prev"), dict):
+                    items[-1] |= state["prev"]
+                if item := _replayed(state, text):
+                    items.append(item)
+                    if isinstance(call := item.get("call_id"), str):
+                        kinds[call] = item["type"]
+                continue
+            case TextBlock(text=text) if text:
+                items.append({"role": "assistant", "content": text} | following)
+            case AudioBlock(transcript=str(text)) if text and not spoken:
+                items.append({"role": "assistant", "content": text})
+            case ToolUseBlock() if block.id not in kinds:
+                kinds[block.id] = "function_call"
+                arguments = dumps(block.input).decode("ascii")
+                items.append(
+                    {
+                        "type": "function_call",
+                        "call_id": portable_id(block.id),
+                        "name": block.name,
+                        "arguments": arguments,
+                    }
+                    | following
+                )
+            case ImageBlock(source=Base64Source(data=data)) if (
+                items and items[-1].get("type") == "image_generation_call"
+            ):
+                items[-1].setdefault("result", data)
+        following = {}
+    while items and items[-1].get("type") == "reasoning":
+        items.pop()
+    return [item for item in items if item.get("type") != "image_generation_call" or "result" in item]
+
+
+def _as_dict(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def _replayed(state: JSON, text: str) -> JSON | None:
+    item = dict(_as_dict(state.get("item")))
+    if not isinstance(kind := item.get("type"), str) or not REPLAYED_ITEM.fullmatch(kind):
+        return None
+    if kind == "reasoning":
+        lengths = state.get("parts")
+        item["summary"] = [
+            {"type": "summary_text", "text": part}
+            for part in _split(text, lengths if isinstance(lengths, list) else [])
+        ]
+    return item
+
+
+def _split(text: str, lengths: list[Any]) -> list[str]:
+    """The parts of a summary, which were joined by blank lines for the eye."""
+    if not text:
+        return []
+    parts, at = [], 0
+    for length in lengths:
+        parts.append(text[at : at + count(length)])
+        at += count(length) + 2
+    return parts if "\n\n".join(parts) == text else [text]
+
+
+def _response_output(block: ToolResultBlock, kinds: Mapping[str, str], adapter: Adapter) -> JSON:
+    kind = CALL_OUTPUTS.get(kinds.get(block.tool_use_id, ""), "function_call_output")
+    parts = [part for inner in block.blocks for part in response_parts(inner, adapter)]
+    text = marked_error("\n".join(part["text"] for part in parts if part["type"] == "input_text"), block.is_error)
+    output: Any = text
+    if any(part["type"] != "input_text" for part in parts):
+        output = [
+            *([{"type": "input_text", "text": text}] if text else []),
+            *(p for p in parts if p["type"] != "input_text"),
+        ]
+    if kind == "computer_call_output":
+        shots = [part["image_url"] for part in parts if "image_url" in part]
+        output = {"type": "computer_screenshot", "image_url": shots[-1] if shots else ""}
+    id = block.tool_use_id
+    return {"type": kind, "call_id": id if kind == "computer_call_output" else portable_id(id), "output": output}
+
+
+def response_parts(block: Block, adapter: Adapter) -> list[JSON]:
+    match block:
+        case TextBlock(text=text):
+            return [{"type": "input_text", "text": text}] if text else []
+        case ImageBlock(source=Base64Source(data_url=url) | URLSource(url=url)):
+            return [{"type": "input_image", "image_url": url, "detail": "auto"}]
+        case ImageBlock(source=FileSource(file_id=id)):
+            return [{"type": "input_image", "file_id": id, "detail": "auto"}]
+        case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
+            return [{"type": "input_text", "text": text}]
+        case DocumentBlock(source=Base64Source(data_url=url)):
+            return [{"type": "input_file", "filename": block.filename, "file_data": url}]
+        case DocumentBlock(source=URLSource(url=url)):
+            return [{"type": "input_file", "file_url": url}]
+        case DocumentBlock(source=FileSource(file_id=id)):
+            return [{"type": "input_file", "file_id": id}]
+        case AudioBlock() | VideoBlock():
+            kind = "audio_input" if isinstance(block, AudioBlock) else "video"
+            raise adapter.refuse(f"{block.type} input", kind, "messages")
+    return []
+
+
+def responses_usage(usage: Any) -> JSON:
+    usage = usage or {}
+    given, output = usage.get("input_tokens_details") or {}, usage.get("output_tokens_details") or {}
+    return make_usage(
+        usage.get("input_tokens"),
+        usage.get("output_tokens"),
+        cached=given.get("cached_tokens"),
+        written=given.get("cache_write_tokens"),
+        thinking=output.get("reasoning_tokens"),
+    )
+
+
+class ResponsesDecoder(StreamDecoder):
+    """Typed events by item. `output_item.done` is the authoritative copy: it fills in whatever had not come before."""
+
+    def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
+        super().__init__(adapter, request)
+        self._streamed: set[Any] = set()  # keys whose text or arguments came in pieces
+        self._done: set[int] = set()  # output indices that are complete
+        self._phased: set[int] = set()
+        self._refused = False
+
+    def feed_whole(self, body: Any) -> list[StreamEvent]:
+        with _unreadable(self.provider):
+            if isinstance(body.get("error"), dict) and "output" not in body:
+                raise stream_error(self.provider, body["error"])
+            return super().feed_whole({"type": f"response.{body['status']}", "response": body})
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        index = chunk.get("output_index", 0)
+        match chunk["type"]:
+            case "response.output_text.delta":
+                return self._text((index, chunk.get("content_index", 0)), chunk["delta"])
+            case "response.function_call_arguments.delta":
+                self._streamed.add((index, "call"))
+                return self.build.arguments((index, "call"), chunk["delta"])
+            case "response.reasoning_summary_text.delta" | "response.reasoning_text.delta":
+                return self._thinking(index, chunk)
+            case "response.refusal.delta":
+                self._refused = True
+                return self._text((index, chunk.get("content_index", 0)), chunk["delta"])
+            case "response.output_text.annotation.added":
+                return self._annotation((index, chunk.get("content_index", 0)), chunk["annotation"])
+            case "response.output_item.added":
+                return self._added(index, chunk["item"])
+            case "response.output_item.done":
+                return self._item(index, chunk["item"])
+            case "response.created" | "response.in_progress" | "response.queued":
+                return self._start(chunk["response"])
+            case "response.completed" | "response.incomplete":
+                return self._finish(chunk["response"])
+            case "response.failed" | "response.cancelled":
+                fault = chunk["response"].get("error") or {
+                    "message": f"the response is {chunk['type'].partition('.')[2]}"
+                }
+                raise stream_error(self.provider, fault)
+            case "error":
+                raise stream_error(self.provider, chunk.get("error") or chunk)
+        return []
+
+    def _start(self, response: JSON) -> list[StreamEvent]:
+        return self.build.start(response.get("id"), response.get("model") or self.request.model_name)
+
+    def _finish(self, response: JSON) -> list[StreamEvent]:
+        events = self._start(response)
+        for index, item in enumerate(response.get("output") or ()):
+            events += self._item(index, item)
+        why = (response.get("incomplete_details") or {}).get("reason")
+        reason = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}.get(why or "", "end_turn")
+        if self._refused:
+            reason = "refusal"
+        return events + self.build.finish(reason, responses_usage(response.get("usage")))
+
+    def _text(self, key: Any, text: str) -> list[StreamEvent]:
+        self._streamed.add(key)
+        return self.build.text(text, key)
+
+    def _thinking(self, index: int, chunk: JSON) -> list[StreamEvent]:
+        """Summary parts, and the raw reasoning of open models, one below the other."""
+        key, part = (index, "reasoning"), (index, chunk["type"], chunk.get("summary_index", chunk.get("content_index")))
+        gap = "\n\n" if key in self._streamed and part not in self._streamed else ""
+        self._streamed |= {key, part}
+        return self.build.thinking(gap + chunk["delta"], key)
+
+    def _annotation(self, key: Any, note: JSON) -> list[StreamEvent]:
+        self._streamed.add((key, "notes"))
+        return self.build.citation(response_citation(note), key) if self.build.is_open(key) else []
+
+    def _added(self, index: int, item: JSON) -> list[StreamEvent]:
+        if item["type"] == "message" and item.get("phase"):
+            self._phased.add(index)
+            return self.build.state({"next": {"phase": item["phase"]}}, (index, "phase"))
+        if item["type"] == "function_call" and item.get("name"):
+            return self._call(index, item)
+        return []
+
+    def _call(self, index: int, item: JSON) -> list[StreamEvent]:
+        self._streamed.add((index, "opened"))
+        carried_on = {name: item[name] for name in ("namespace",) if item.get(name)}
+        events = self.build.state({"next": carried_on}, (index, "next")) if carried_on else []
+        return events + self.build.tool_use((index, "call"), item.get("call_id"), item["name"])
+
+    def _item(self, index: int, item: JSON) -> list[StreamEvent]:
+        """A complete item: what had not come in pieces, then its end."""
+        if index in self._done:
+            return []
+        self._done.add(index)
+        match item.get("type"):
+            case "message":
+                return self._message(index, item)
+            case "function_call":
+                events = [] if (index, "opened") in self._streamed else self._call(index, item)
+                if (index, "call") not in self._streamed:
+                    events += self.build.arguments((index, "call"), item.get("arguments") or "")
+                return events + self.build.close((index, "call"))
+            case "reasoning":
+                return self._reasoning(index, item)
+            case "image_generation_call":
+                return self._image(index, item)
+            case "custom_tool_call" | "computer_call":
+                name = item.get("name") or "computer"
+                given = {
+                    key: item[key] for key in ("input", "action", "actions", "pending_safety_checks") if item.get(key)
+                }
+                events = self._replayable(index, item)
+                return events + self.build.tool_use(
+                    (index, "call"), item.get("call_id"), name, dumps(given).decode("ascii")
+                )
+            case _:
+                return self._native(index, item)
+
+    def _replayable(self, index: int, item: JSON, **more: Any) -> list[StreamEvent]:
+        kept = REPLAYED_KEYS.get(item["type"])
+        whole = {"type": item["type"]} | {
+            k: v for k, v in item.items() if (k in kept if kept else k != "type") and v is not None
+        }
+        return self.build.state({"item": whole} | more, (index, "reasoning"))
+
+    def _message(self, index: int, item: JSON) -> list[StreamEvent]:
+        phase = item.get("phase")
+        events: list[StreamEvent] = []
+        whole = not any((index, position) in self._streamed for position in range(len(item.get("content") or ())))
+        if phase and index not in self._phased and whole:
+            events += self.build.state({"next": {"phase": phase}}, (index, "phase"))
+            phase = None
+        for position, part in enumerate(item.get("content") or ()):
+            key = (index, position)
+            if part.get("type") == "refusal":
+                self._refused = True
+            if key not in self._streamed:
+                events += self.build.text(part.get("text") or part.get("refusal") or "", key)
+            if (key, "notes") not in self._streamed and self.build.is_open(key):
+                for note in part.get("annotations") or ():
+                    events += self.build.citation(response_citation(note), key)
+            events += self.build.close(key)
+        if phase and index not in self._phased:
+            events += self.build.state({"prev": {"phase": phase}}, (index, "phase"))
+        return events
+
+    def _reasoning(self, index: int, item: JSON) -> list[StreamEvent]:
+        key = (index, "reasoning")
+        parts = [part.get("text") or "" for part in item.get("summary") or ()]
+        raw = [part.get("text") or "" for part in item.get("content") or ()]
+        events = [] if key in self._streamed else self.build.thinking("\n\n".join(parts or raw), key)
+        if not item.get("encrypted_content"):  # cannot be replayed without being stored
+            return events + self.build.close(key)
+        return events + self._replayable(
+            index, item, **({"parts": [len(part) for part in parts]} if len(parts) > 1 else {})
+        )
+
+    def _image(self, index: int, item: JSON) -> list[StreamEvent]:
+        if not item.get("result"):
+            return []
+        source = {"type": "base64", "media_type": f"image/{item.get('output_format') or 'png'}", "data": item["result"]}
+        return self._replayable(index, item) + self.build.whole({"type": "image", "source": source})
+
+    def _native(self, index: int, item: JSON) -> list[StreamEvent]:
+        """A tool that OpenAI ran: the item for the next turn, and what a reader of Anthropic's blocks expects."""
+        kind = str(item.get("type"))
+        id = str(item.get("id") or f"srvoai_{secrets.token_hex(10)}")
+        name = RESPONSES_NATIVE_NAMES.get(kind) or kind.removesuffix("_call")
+        hidden = ("type", "id", "status", "results", "outputs", "encrypted_content")
+        given = {key: value for key, value in item.items() if key not in hidden and value is not None}
+        if kind == "web_search_call":
+            given = {key: value for key, value in _as_dict(item.get("action")).items() if key != "sources"}
+        events = self._replayable(index, item) if REPLAYED_ITEM.fullmatch(kind) else []
+        if kind in ("mcp_list_tools", "compaction"):
+            return events
+        events += self.build.whole({"type": "server_tool_use", "id": id, "name": name, "input": given})
+        if (content := _native_result(kind, item)) is not None:
+            events += self.build.whole({"type": f"{name}_tool_result", "tool_use_id": id, "content": content})
+        return events
+
+
+def _native_result(kind: str, item: JSON) -> Any:
+    """What a native call found, in Anthropic's shape; None where the item does not say."""
+    if kind == "web_search_call":
+        sources = _as_dict(item.get("action")).get("sources")
+        return None if sources is None else [web_result(source.get("url"), source.get("title")) for source in sources]
+    if kind == "code_interpreter_call" and item.get("outputs") is not None:
+        logs = "".join(output.get("logs") or "" for output in item["outputs"])
+        return execution_result(logs)
+    return item.get("results") if kind == "file_search_call" else None
+
+
+def response_citation(note: JSON) -> JSON:
+    if note.get("type") == "url_citation":
+        span = {name: note[name] for name in ("start_index", "end_index") if name in note}
+        return url_citation(note.get("url"), note.get("title"), **span)
+    return dict(note)
+
+
+# == Gemini ============================================================================================================
+# POST /models/{model}:generateContent; gemini-oauth wraps the same in Code Assist's envelope. A stream is a sequence
+# of whole responses whose parts append, so that one answer and one event read alike.
+
+GEMINI_STOP_REASONS = {"STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "pause_turn"} | dict.fromkeys(
+    [
+        *("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "ESCALATION", "MODEL_ARMOR"),
+        *("PUP_LIMITED_DISABLED", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"),
+    ],
+    "refusal",
+)
+GEMINI_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,127}")
+UNSIGNED_CALL = "skip_thought_signature_validator"  # Google's own word for a call that some other model made
+GEMINI_NATIVE = {
+    "web_search": "googleSearch",
+    "code_execution": "codeExecution",
+    "file_search": "fileSearch",
+    "computer_use": "computerUse",
+}
+GEMINI_NATIVE_CONFIG = {  # what of a neutral tool's config has a place here
+    "web_search": ("timeRangeFilter", "searchTypes"),
+    "file_search": ("fileSearchStoreNames", "topK", "metadataFilter"),
+    "computer_use": ("environment", "excludedPredefinedFunctions"),
+}
+ASPECT_RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")
+
+
+@dataclass(frozen=True, slots=True)
+class Gemini(Adapter):
+    """POST /models/{model}:generateContent, :streamGenerateContent?alt=sse."""
+
+    server_tools_beside_functions: bool = True
+
+    advisory: ClassVar[dict[str, str]] = {
+        "temperature": "temperature",
+        "topP": "top_p",
+        "topK": "top_k",
+        "thinkingConfig": "thinking",
+        "thinking_level": "thinking",
+        "thinking_budget": "thinking",
+    }
+
+    def traits(self, model: str) -> Traits:
+        return gemini_traits(model)
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        url = f"{base_url}/models/{quote(request.model_name, safe='')}:{self._method(request)}"
+        return self.posted(request, url, {"x-goog-api-key": credential.key}, self._body(request))
+
+    def decoder(self, request: MessageRequest) -> StreamDecoder:
+        return GeminiDecoder(self, request)
+
+    @staticmethod
+    def _method(request: MessageRequest) -> str:
+        return "streamGenerateContent?alt=sse" if request.stream else "generateContent"
+
+    def _body(self, request: MessageRequest) -> JSON:
+        traits = self.traits(request.model_name)
+        body: JSON = {"contents": gemini_contents(request, self, traits)}
+        if request.system_text:
+            texts = [request.system] if isinstance(request.system, str) else [block.text for block in request.system]
+            body["systemInstruction"] = {"parts": [{"text": text} for text in texts if text]}
+        self._tools(request, traits, body)
+        names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
+        config: JSON = {names[key]: value for key, value in self.sampling_fields(request).items()}
+        if request.max_tokens is not None:
+            config["maxOutputTokens"] = request.max_tokens
+        if stops := self.native_stops(request):
+            config["stopSequences"] = stops
+        if request.json_schema:
+            config |= {"responseMimeType": "application/json", "responseJsonSchema": request.json_schema}
+        config |= self._modalities(request)
+        if thinking := self._thinking(request, traits):
+            config["thinkingConfig"] = thinking
+        if config:
+            body["generationConfig"] = config
+        if request.metadata and request.metadata.user_id:
+            request.drop("metadata")
+        self.drop_foreign(request)
+        return body
+
+    def _tools(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
+        declared = [gemini_tool(tool) for tool in request.functions]
+        tools: list[JSON] = [{"functionDeclarations": declared}] if declared else []
+        for kind, config in native_tools(request):
+            if kind not in self.native_tools:
+                raise self.refuse(f"the tool {kind}", kind, "tools")
+            known = GEMINI_NATIVE_CONFIG.get(kind, ())
+            request.drop(*(f"tools.{kind}.{name}" for name in config if name not in known))
+            given = {name: config[name] for name in known if name in config}
+            tools.append(
+                {
+                    GEMINI_NATIVE[kind]: ({"environment": "ENVIRONMENT_BROWSER"} | given)
+                    if kind == "computer_use"
+                    else given
+                }
+            )
+        if not tools:
+            return
+        body["tools"] = tools
+        setup: JSON = {}
+        if declared and len(tools) > 1:
+            if not self.server_tools_beside_functions or (0, 0) < traits.generation < (3, 0):
+                raise unsupported(f"native tools beside function tools on {request.model_name}", self.id, param="tools")
+            setup["includeServerSideToolInvocations"] = True
+        if (choice := request.tool_choice) and declared:
+            mode: JSON = {"mode": {"auto": "AUTO", "none": "NONE"}.get(choice.type, "ANY")}
+            if choice.type == "tool":
+                mode["allowedFunctionNames"] = [gemini_name(choice.name or "")]
+            setup["functionCallingConfig"] = mode
+        if request.serial_tools:
+            request.drop("tool_choice.disable_parallel_tool_use")
+        if setup:
+            body["toolConfig"] = setup
+
+    def _modalities(self, request: MessageRequest) -> JSON:
+        output, wanted = request.output, request.modalities
+        if not output or wanted == {"text"}:
+            return {}
+        for kind in ("image", "audio"):
+            if kind in wanted and f"{kind}_output" not in self.capabilities:
+                raise self.refuse(f"{kind} output", f"{kind}_output", "output.modalities")
+        config: JSON = {"responseModalities": [kind.upper() for kind in output.modalities]}
+        if "audio" in wanted and output.audio and output.audio.voice:
+            config["speechConfig"] = {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": output.audio.voice}}}
+        if output.image and output.image.size and output.image.size != "auto":
+            config["imageConfig"] = {"aspectRatio": _aspect_ratio(output.image.size)}
+        return config
+
+    def _thinking(self, request: MessageRequest, traits: Traits) -> JSON:
+        level, asked = self.level(request), request.thinking
+        if level is None:
+            return {}
+        shown = request.thinking_level != "none" and asked is not None
+        free = (
+            asked is not None
+            and asked.type == "adaptive"
+            and not (request.output_config and request.output_config.effort)
+        )
+        if traits.thinking == ("level",):
+            if free:
+                return {"includeThoughts": True}
+            word = clamp_level(level, traits.efforts or ("minimal", "low", "medium", "high"))
+            return {"includeThoughts": shown, "thinkingLevel": word.upper()}
+        most = 32_768 if "pro" in request.model_name else 24_576
+        least = 128 if "pro" in request.model_name else 0
+        if free:
+            budget = -1
+        elif request.thinking_level == "none":
+            budget = least
+        elif asked and asked.budget_tokens:
+            budget = max(least, min(asked.budget_tokens, most))
+        else:
+            budget = min(LEVEL_BUDGETS[level], most)
+        return {"includeThoughts": shown, "thinkingBudget": budget}
+
+
+@dataclass(frozen=True, slots=True)
+class GeminiOAuth(Gemini):
+    """POST {base}:generateContent in Code Assist's envelope (google-gemini/gemini-cli, code_assist/converter.ts)."""
+
+    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+        inner = self._body(request)
+        inner = _merged(inner, request.extensions.get(self.id) or {})
+        body: JSON = {"model": request.model_name, "request": inner}
+        if credential.project:
+            body["project"] = credential.project
+        headers = {"Authorization": bearer(credential.key), "Content-Type": "application/json"}
+        bare = request.model_copy(update={"extensions": {}})
+        return self.posted(bare, f"{base_url}:{self._method(request)}", headers, body)
+
+
+def gemini_name(name: str) -> str:
+    """A function name must not begin with a digit or a dash here."""
+    return name if GEMINI_NAME.fullmatch(name) else f"_{name}"[:128]
+
+
+def gemini_tool(tool: FunctionTool) -> JSON:
+    described = {"description": tool.description} if tool.description is not None else {}
+    return {"name": gemini_name(tool.name), **described, "parametersJsonSchema": tool.input_schema}
+
+
+def _aspect_ratio(size: str) -> str:
+    width, height = map(int, size.split("x"))
+    return min(
+        ASPECT_RATIOS,
+        key=lambda ratio: abs(math.log(width / height * int(ratio.split(":")[1]) / int(ratio.split(":")[0]))),
+    )
+
+
+def gemini_contents(request: MessageRequest, adapter: Adapter, traits: Traits) -> list[JSON]:
+    """The history as contents: neighbours of one role are one content, answers stand in the order of their calls."""
+    modern = traits.generation == (0, 0) or traits.generation >= (3, 0)
+    names = request.tool_names
+    order = {id: position for position, id in enumerate(names)}
+    contents: list[JSON] = []
+    for message in request.messages:
+        if message.role == "assistant":
+            role, parts = "model", _gemini_turn(message, adapter, modern)
+        elif message.role == "system":
+            text = "\n\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
+            role, parts = "user", [{"text": f"<system>\n{text}\n</system>"}] if text else []
+        else:
+            results = [block for block in message.blocks if isinstance(block, ToolResultBlock)]
+            results.sort(key=lambda block: order[block.tool_use_id])
+            role, parts = "user", [part for r in results for part in _gemini_result(r, names, adapter, modern)]
+            rest = (block for block in message.blocks if not isinstance(block, ToolResultBlock))
+            parts += [part for block in rest for part in gemini_parts(block, adapter)]
+        if not parts:
+            continue
+        if contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        else:
+            contents.append({"role": role, "parts": parts})
+    for content in contents:
+        if content["role"] == "user":  # answers first, wherever a merge has put them
+            content["parts"].sort(key=lambda part: "functionResponse" not in part)
+        elif modern and (first := next((part for part in content["parts"] if "functionCall" in part), None)):
+            first.setdefault("thoughtSignature", UNSIGNED_CALL)
+    if not contents:
+        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+    return contents
+
+
+def _gemini_turn(message: MessageParam, adapter: Adapter, modern: bool) -> list[JSON]:
+    parts: list[JSON] = []
+    following: JSON = {}
+    spoken = any(isinstance(block, TextBlock) and block.text for block in message.blocks)
+    for block in message.blocks:
+        match block:
+            case ThinkingBlock(signature=signature):
+                state = carried(signature, adapter.id)
+                following = {k: v for k, v in _as_dict(state.get("next")).items() if k == "thoughtSignature"}
+                if isinstance(state.get("prev"), dict):
+                    parts.append({"text": "", "thoughtSignature": state["prev"].get("thoughtSignature", "")})
+                elif isinstance(state.get("part"), dict):
+                    parts.append(state["part"])
+                continue
+            case TextBlock(text=text) if text:
+                parts.append({"text": text} | following)
+            case AudioBlock(transcript=str(text)) if text and not spoken:
+                parts.append({"text": text})
+            case ToolUseBlock():
+                call: JSON = {"name": gemini_name(block.name), "args": block.input}
+                if modern and not block.id.startswith(INVENTED_ID):
+                    call["id"] = block.id
+                parts.append({"functionCall": call} | following)
+            case ImageBlock():
+                parts += [part | following for part in gemini_parts(block, adapter)]
+        following = {}
+    return parts
+
+
+def _gemini_result(block: ToolResultBlock, names: Mapping[str, str], adapter: Adapter, modern: bool) -> list[JSON]:
+    inner = [part for b in block.blocks for part in gemini_parts(b, adapter)]
+    text = "\n".join(part["text"] for part in inner if "text" in part)
+    media = [part for part in inner if "text" not in part]
+    answer: JSON = {
+        "name": gemini_name(names[block.tool_use_id]),
+        "response": {"error" if block.is_error else "output": text},
+    }
+    if modern and not block.tool_use_id.startswith(INVENTED_ID):
+        answer["id"] = block.tool_use_id
+    if modern and media and all("inlineData" in part for part in media):
+        return [{"functionResponse": answer | {"parts": media}}]
+    return [{"functionResponse": answer}, *media]
+
+
+def gemini_parts(block: Block, adapter: Adapter) -> list[JSON]:
+    match block:
+        case TextBlock(text=text):
+            return [{"text": text}] if text else []
+        case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
+            return [{"text": text}]
+        case (
+            ImageBlock(source=source)
+            | DocumentBlock(source=source)
+            | AudioBlock(source=source)
+            | VideoBlock(source=source)
+        ):
+            match source:
+                case Base64Source(media_type=kind, data=data):
+                    return [{"inlineData": {"mimeType": kind, "data": data}}]
+                case URLSource(url=uri) | FileSource(file_id=uri):
+                    return [
+                        {"fileData": {"fileUri": uri, **_typed(_media_type(block.type, uri))}},
+                    ]
+    return []
+
+
+def _typed(kind: str | None) -> JSON:
+    return {"mimeType": kind} if kind else {}
+
+
+def _media_type(block: str, url: str) -> str | None:
+    """Google wants a type beside a URL, except for YouTube's."""
+    suffix = url.partition("?")[0].rpartition(".")[2].lower()
+    known = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
+             "pdf": "application/pdf", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/mov"}  # fmt: skip
+    return known.get(suffix) or {"image": "image/jpeg", "document": "application/pdf"}.get(block)
+
+
+def gemini_usage(usage: Any) -> JSON:
+    output = count(usage.get("candidatesTokenCount")) + count(usage.get("thoughtsTokenCount"))
+    prompt = count(usage.get("promptTokenCount")) + count(usage.get("toolUsePromptTokenCount"))
+    return make_usage(
+        prompt, output, cached=usage.get("cachedContentTokenCount"), thinking=usage.get("thoughtsTokenCount")
+    )
+
+
+class GeminiDecoder(StreamDecoder):
+    """Whole responses, one after the other; the last finish reason and usage count."""
+
+    def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
+        super().__init__(adapter, request)
+        self._finish = ""
+        self._blocked = False
+        self._usable = False
+        self._usage: JSON = make_usage()
+        self._text = ""
+        self._grounding: JSON = {}
+        self._last_id = ""
+        self._call: _PartialCall | None = None
+        self._names = {gemini_name(tool.name): tool.name for tool in request.functions}
+
+    @property
+    def ending(self) -> bool:
+        return bool(self._finish)
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        if isinstance(chunk, list):
+            return [event for item in chunk for event in self.chunk(item)]
+        if chunk.get("error"):
+            raise stream_error(self.provider, chunk["error"])
+        trace, chunk = chunk.get("traceId"), chunk.get("response", chunk)
+        if chunk.get("error"):
+            raise stream_error(self.provider, chunk["error"])
+        feedback, candidates = chunk.get("promptFeedback") or {}, chunk.get("candidates") or ()
+        self._blocked = self._blocked or bool(feedback.get("blockReason"))
+        if usage := chunk.get("usageMetadata"):
+            self._usage = gemini_usage(usage)
+        events: list[StreamEvent] = []
+        if candidates or self._blocked:
+            events = self.build.start(
+                chunk.get("responseId") or trace, chunk.get("modelVersion") or self.request.model_name
+            )
+        for candidate in candidates[:1]:
+            for part in (candidate.get("content") or {}).get("parts") or ():
+                events += self._part(part)
+            self._finish = candidate.get("finishReason") or self._finish
+            if found := candidate.get("groundingMetadata"):
+                self._grounding |= found
+            for cited in (candidate.get("citationMetadata") or {}).get("citationSources") or ():
+                span = {"start_index": cited.get("startIndex", 0), "end_index": cited.get("endIndex")}
+                events += self.build.citation(url_citation(cited.get("uri"), cited.get("title"), **span))
+        return events
+
+    def end(self) -> list[StreamEvent]:
+        reason = "refusal" if self._blocked else GEMINI_STOP_REASONS.get(self._finish)
+        if not self._finish and not self._blocked:
+            raise StreamTruncated(provider=self.provider)
+        events = self._end_call()
+        if reason is None:
+            if not self._usable:
+                message = f"{self.provider} gave no answer: {_printable(self._finish, 60)}"
+                raise ProviderError(message, provider=self.provider, code=_printable(self._finish, 60))
+            reason = "end_turn"
+        return events + self._grounded() + self.build.finish(reason, self._usage)
+
+    def _part(self, part: JSON) -> list[StreamEvent]:
+        signed = {"thoughtSignature": part["thoughtSignature"]} if part.get("thoughtSignature") else None
+        if "functionCall" in part:
+            return self._function_call(part["functionCall"], signed)
+        if part.get("thought"):
+            return self.build.thinking(part.get("text") or "")
+        if "text" in part:
+            return self._spoken(part["text"] or "", signed)
+        if media := part.get("inlineData"):
+            self._usable = True
+            kind = "audio" if str(media.get("mimeType")).startswith("audio/") else "image"
+            source = {"type": "base64", "media_type": media.get("mimeType"), "data": media.get("data")}
+            spoken = {"transcript": ""} if kind == "audio" else {}
+            return self._before(signed) + self.build.whole({"type": kind, "source": source} | spoken)
+        return self._native(part)
+
+    def _before(self, signed: JSON | None) -> list[StreamEvent]:
+        return self.build.state({"next": signed}) if signed else []
+
+    def _spoken(self, text: str, signed: JSON | None) -> list[StreamEvent]:
+        """A signature on the first piece of text stands before it; one that comes later, after."""
+        if not self.build.is_open("text"):
+            self._text = ""
+            if text and signed:
+                before, signed = self._before(signed), None
+                self._text, self._usable = text, True
+                return before + self.build.text(text)
+        self._text += text
+        self._usable = self._usable or bool(text)
+        events = self.build.text(text)
+        return events + self.build.state({"prev": signed}) if signed else events
+
+    def _function_call(self, call: JSON, signed: JSON | None) -> list[StreamEvent]:
+        events: list[StreamEvent] = []
+        self._usable = True
+        if call.get("name") is not None:
+            name = str(self._names.get(call["name"], call["name"]))
+            events = self._end_call() + self._before(signed)
+            if not call.get("willContinue"):
+                return events + self.build.tool_use(
+                    object(), call.get("id"), name, dumps(call.get("args") or {}).decode("ascii")
+                )
+            self._call = _PartialCall(call.get("id"), name, dict(call.get("args") or {}))
+        if self._call:
+            for piece in call.get("partialArgs") or ():
+                self._call.add(piece)
+            if not call.get("willContinue"):
+                events += self._end_call()
+        return events
+
+    def _end_call(self) -> list[StreamEvent]:
+        call, self._call = self._call, None
+        return self.build.tool_use(object(), call.id, call.name, dumps(call.args).decode("ascii")) if call else []
+
+    def _native(self, part: JSON) -> list[StreamEvent]:
+        """Code and tools that Google ran: the part itself for the next turn, and blocks to read."""
+        if code := part.get("executableCode"):
+            self._last_id = f"srvgem_{secrets.token_hex(10)}"
+            given = {"code": code.get("code") or "", "language": str(code.get("language") or "").lower()}
+            block: JSON = {"type": "server_tool_use", "id": self._last_id, "name": "code_execution", "input": given}
+        elif (result := part.get("codeExecutionResult")) is not None:
+            good = result.get("outcome") == "OUTCOME_OK"
+            output = result.get("output") or ""
+            content = execution_result(output if good else "", "" if good else output)
+            block = {"type": "code_execution_tool_result", "tool_use_id": self._last_id, "content": content}
+        elif call := part.get("toolCall"):
+            self._last_id = f"srvgem_{secrets.token_hex(10)}"
+            name = str(call.get("toolType") or "tool").lower()
+            block = {"type": "server_tool_use", "id": self._last_id, "name": name, "input": call.get("args") or {}}
+        elif (answer := part.get("toolResponse")) is not None:
+            name = str(answer.get("toolType") or "tool").lower()
+            block = {"type": f"{name}_tool_result", "tool_use_id": self._last_id, "content": answer.get("response")}
+        else:
+            return []
+        return self.build.state({"part": part}) + self.build.whole(block)
+
+    def _grounded(self) -> list[StreamEvent]:
+        """Google Search's sources: citations on the text, then the search itself."""
+        chunks = [
+            chunk.get("web") or chunk.get("retrievedContext") or {}
+            for chunk in self._grounding.get("groundingChunks") or ()
+        ]
+        events: list[StreamEvent] = []
+        raw = self._text.encode("utf-8", "replace")
+        for support in self._grounding.get("groundingSupports") or () if self.build.is_open("text") else ():
+            segment = support.get("segment") or {}
+            ends = (count(segment.get(key)) for key in ("startIndex", "endIndex"))  # in bytes
+            start, end = (len(raw[:end].decode("utf-8", "ignore")) for end in ends)
+            for number in support.get("groundingChunkIndices") or ():
+                if 0 <= number < len(chunks):
+                    web = chunks[number]
+                    events += self.build.citation(
+                        url_citation(web.get("uri"), web.get("title"), start_index=start, end_index=end)
+                    )
+        queries = self._grounding.get("webSearchQueries") or []
+        if not queries and not chunks:
+            return events
+        id = f"srvgem_{secrets.token_hex(10)}"
+        events += self.build.whole(
+            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {"queries": queries}}
+        )
+        shown = (self._grounding.get("searchEntryPoint") or {}).get("renderedContent")
+        entry = {"search_entry_point": shown} if shown else {}  # Google's terms want it displayed
+        found = [web_result(chunk.get("uri"), chunk.get("title")) for chunk in chunks]
+        return events + self.build.whole(
+            {"type": "web_search_tool_result", "tool_use_id": id, "content": found} | entry
+        )
+
+
+@dataclass(slots=True)
+class _PartialCall:
+    """A function call whose arguments come in pieces, each with a JSONPath: `$.city`, `$.days[0].name`."""
+
+    id: Any
+    name: str
+    args: JSON
+
+    def add(self, piece: JSON) -> None:
+        steps = [int(n) if n else name for name, n in re.findall(r"\.([^.\[\]]+)|\[(\d{1,6})\]", piece["jsonPath"])]
+        if not steps or any(isinstance(step, int) and step > 10_000 for step in steps):
+            raise ValueError("a path to nowhere")
+        value = next((piece[key] for key in ("stringValue", "numberValue", "boolValue") if key in piece), None)
+        here: Any = self.args
+        for step, after in itertools.pairwise(steps):
+            here = _slot(here, step, [] if isinstance(after, int) else {})
+        old = _slot(here, steps[-1], None)
+        here[steps[-1]] = old + value if isinstance(old, str) and isinstance(value, str) else value
+
+
+def _slot(container: Any, step: str | int, fresh: Any) -> Any:
+    """What stands at a step, put there if nothing does."""
+    if isinstance(step, int):
+        container.extend([None] * (step + 1 - len(container)))
+    elif step not in container:
+        container[step] = None
+    if container[step] is None:
+        container[step] = fresh
+    return container[step]
+
+
+# == Registry ==========================================================================================================
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PROVIDERS: dict[str, Adapter] = {
+    adapter.id: adapter
+    for adapter in (
+        Anthropic(
+            id="anthropic",
+            name="Anthropic",
+            base_url="https://api.anthropic.com",
+            key_env=("ANTHROPIC_API_KEY",),
+            url_env=("VAI_ANTHROPIC_BASE_URL",),
+            byok=("anthropic",),
+            capabilities=_words(
+                "vision documents tools tool_streaming thinking structured_output stop_sequences prompt_caching"
+            ),
+            native_tools=tuple(ANTHROPIC_NATIVE),
+            sampling=("temperature", "top_p", "top_k"),
+            max_stops=64,
+        ),
+        Chat(
+            id="openai",
+            name="OpenAI",
+            base_url="https://api.openai.com/v1",
+            key_env=("OPENAI_API_KEY",),
+            url_env=("VAI_OPENAI_BASE_URL",),
+            byok=("openai",),
+            capabilities=_words(
+                "vision audio_input audio_output documents tools tool_streaming thinking structured_output "
+                "stop_sequences prompt_caching"
+            ),
+            audio=True,
+            pdf=True,
+        ),
+        Responses(
+            id="oai-resp",
+            name="OpenAI Responses",
+            base_url="https://api.openai.com/v1",
+            key_env=("OPENAI_API_KEY",),
+            url_env=("VAI_OAI_RESP_BASE_URL", "VAI_OPENAI_BASE_URL"),
+            byok=("oai-resp", "openai"),
+            capabilities=_words(
+                "vision documents tools tool_streaming thinking structured_output image_output stop_sequences "
+                "prompt_caching"
+            ),
+            native_tools=tuple(RESPONSES_NATIVE),
+            max_stops=0,
+        ),
+        Groq(
+            id="groq",
+            name="Groq",
+            base_url="https://api.groq.com/openai/v1",
+            key_env=("GROQ_API_KEY",),
+            url_env=("VAI_GROQ_BASE_URL",),
+            byok=("groq",),
+            capabilities=_words("vision tools thinking structured_output stop_sequences prompt_caching"),
+            native_tools=("web_search", "code_execution"),
+            user_field="user",
+            usage_option=False,
+            reasoning_back=True,
+        ),
+        Gemini(
+            id="gemini",
+            name="Gemini",
+            base_url="https://generativelanguage.googleapis.com/v1beta",
+            key_env=("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+            url_env=("VAI_GEMINI_BASE_URL",),
+            byok=("gemini", "google"),
+            capabilities=_words(
+                "vision audio_input audio_output video documents tools thinking structured_output image_output "
+                "stop_sequences prompt_caching"
+            ),
+            native_tools=("web_search", "code_execution", "file_search", "computer_use"),
+            sampling=("temperature", "top_p", "top_k"),
+            max_stops=5,
+        ),
+        GeminiOAuth(
+            id="gemini-oauth",
+            name="Gemini (Code Assist)",
+            base_url="https://cloudcode-pa.googleapis.com/v1internal",
+            key_env=(),
+            url_env=("VAI_GEMINI_OAUTH_BASE_URL",),
+            byok=("gemini-oauth",),
+            capabilities=_words(
+                "vision audio_input video documents tools thinking structured_output image_output stop_sequences "
+                "prompt_caching"
+            ),
+            native_tools=("web_search", "code_execution"),
+            sampling=("temperature", "top_p", "top_k"),
+            max_stops=5,
+            server_tools_beside_functions=False,
+        ),
+        Cerebras(
+            id="cerebras",
+            name="Cerebras",
+            base_url="https://api.cerebras.ai/v1",
+            key_env=("CEREBRAS_API_KEY",),
+            url_env=("VAI_CEREBRAS_BASE_URL",),
+            byok=("cerebras",),
+            capabilities=_words("vision tools thinking structured_output stop_sequences prompt_caching"),
+            user_field="user",
+            image_urls=False,
+            reasoning_back=True,
+        ),
+    )
+}
+
+
+# == Transport =========================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds: to connect, to the first byte of the answer, between its bytes, and for all of it."""
+
+    connect: float = 10
+    first_byte: float = 120
+    idle: float = 120
+    total: float = 600
+
+
+class Transport:
+    """The one place that opens a socket. Sends an `HTTPRequest`; what goes wrong is an `Error` of this module.
+
+    Follows no redirect (aiohttp would carry `x-api-key` along), shares no cookie, and gives no pooled connection out
+    on which something arrived while it was idle (its next answer would be somebody else's).
+    """
+
+    def __init__(self, timeouts: Timeouts | None = None) -> None:
+        self.timeouts = timeouts or Timeouts()
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        import aiohttp
+        from aiohttp.client_proto import ResponseHandler
+
+        class Handler(ResponseHandler):
+            def is_connected(self) -> bool:
+                return super().is_connected() and not self.should_close
+
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
+        factory: Any = functools.partial(Handler, loop=asyncio.get_running_loop())
+        connector._factory = factory
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self.timeouts.connect),
+            headers={"User-Agent": f"vai/{__version__}", "Accept-Encoding": "gzip, deflate"},
+            max_line_size=32 << 10,
+            max_field_size=32 << 10,
+        )
+
+    async def send(self, request: HTTPRequest, provider: str) -> Upstream:
+        """The answer's head; its body is still to be read. A connection that never stood is tried once more.
+
+        Raises `ProviderTimeoutError`, or `ProviderError` with code `connection_failed`, `connection_broken`, `tls` or
+        `redirect`.
+        """
+        import aiohttp
+        from yarl import URL
+
+        if self._session is None:
+            self._session = self._open_session()
+        now = asyncio.get_running_loop().time()
+        for attempt in (1, 2):
+            try:
+                async with asyncio.timeout(self.timeouts.first_byte):
+                    response = await self._session.request(
+                        request.method,
+                        URL(request.url, encoded=True),
+                        data=request.body,
+                        headers=request.headers,
+                        allow_redirects=False,
+                    )
+                break
+            except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
+                raise ProviderError(
+                    f"{provider}'s TLS certificate does not hold", provider=provider, code="tls"
+                ) from None
+            except TimeoutError:
+                raise ProviderTimeoutError(f"{provider} did not answer in time", provider=provider) from None
+            except aiohttp.ClientConnectorError:
+                if attempt == 2:
+                    raise ProviderError(
+                        f"cannot connect to {provider}", provider=provider, code="connection_failed"
+                    ) from None
+            except (aiohttp.ClientError, OSError, ValueError):
+                raise ProviderError(
+                    f"{provider} broke the connection", provider=provider, code="connection_broken"
+                ) from None
+        upstream = Upstream(response, provider, self.timeouts.idle, now + self.timeouts.total)
+        if 300 <= response.status < 400:
+            upstream.abort()
+            raise ProviderError(
+                f"{provider} answered with a redirect, which vai does not follow", provider=provider, code="redirect"
+            )
+        return upstream
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class Upstream:
+    """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
+
+    def __init__(self, response: aiohttp.ClientResponse, provider: str, idle: float, deadline: float) -> None:
+        self._response = response
+        self._provider = provider
+        self._idle = idle
+        self._deadline = deadline
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+
+    async def __aenter__(self) -> Upstream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.abort()
+
+    async def chunk(self, patience: float | None = None) -> bytes:
+        """What has come since; empty at the end. `patience` shortens the wait.
+
+        aiohttp's own read timeout does not see a broken chunk size in mid-body, so the clock runs around the read.
+        """
+        import aiohttp
+
+        content = self._response.content
+        try:
+            if data := content.read_nowait():
+                return data
+            until = min(asyncio.get_running_loop().time() + (patience or self._idle), self._deadline)
+            async with asyncio.timeout_at(until):
+                return await content.readany()
+        except TimeoutError:
+            raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
+        except (aiohttp.ClientError, OSError, ValueError, RuntimeError):
+            raise ProviderError(
+                f"{self._provider} broke the connection in mid-answer",
+                provider=self._provider,
+                code="connection_broken",
+            ) from None
+
+    async def read(self, limit: int = 64 << 20) -> bytes:
+        """The whole body. Raises `ProviderError` (`answer_too_large`) over `limit` bytes."""
+        parts, size = [], 0
+        while part := await self.chunk():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise ProviderError(
+                    f"{self._provider} sent over {limit} bytes", provider=self._provider, code="answer_too_large"
+                )
+        return b"".join(parts)
+
+    async def read_some(self, limit: int = 64 << 10) -> bytes:
+        """The beginning of an error's body; the rest is not worth waiting for."""
+        body = b""
+        with contextlib.suppress(Error):
+            while len(body) < limit and (part := await self.chunk(5)):
+                body += part
+        return body[:limit]
+
+    async def drain(self) -> None:
+        """After the terminal event: the connection can be used again if the body ends now, else it is closed."""
+        with contextlib.suppress(Error):
+            for _ in range(8):
+                if not await self.chunk(0.25):
+                    return
+
+    def abort(self) -> None:
+        """Let go: back to the pool if the whole body was read, else closed at once."""
+        if not self._response.content.at_eof():
+            self._response.close()
+
+
+# == Google's OAuth ====================================================================================================
+
+GOOGLE_TOKEN_URL = "https://oauth2.googleapis.com/token"  # noqa: S105  (an address, no password)
+
+
+def token_request(url: str, **form: str) -> HTTPRequest:
+    """POST to the token endpoint, form-encoded."""
+    body = urlencode(form).encode("ascii")
+    return HTTPRequest(url, {"Content-Type": "application/x-www-form-urlencoded"}, body)
+
+
+@dataclass(slots=True)
+class GoogleLogin:
+    """The credentials file of gemini-oauth: `access_token`, `refresh_token`, `expiry_date` (ms), `project_id`.
+
+    Refreshed a minute before it expires, once for however many requests wait for it; written atomically, mode 0600.
+    """
+
+    path: Path
+    client_id: str = field(default="", repr=False)
+    client_secret: str = field(default="", repr=False)
+    project: str | None = None
+    token_url: str = GOOGLE_TOKEN_URL
+    _saved: JSON | None = field(default=None, repr=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> GoogleLogin:
+        home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
+        path = environ.get("GEMINI_OAUTH_CREDENTIALS_PATH") or os.path.join(home, "vai", "gemini-oauth.json")
+        return cls(
+            Path(path),
+            Secret(environ.get("GEMINI_OAUTH_CLIENT_ID", "").strip()),
+            Secret(environ.get("GEMINI_OAUTH_CLIENT_SECRET", "").strip()),
+            environ.get("GEMINI_OAUTH_PROJECT_ID", "").strip() or None,
+            environ.get("GEMINI_OAUTH_TOKEN_URL", "").strip() or GOOGLE_TOKEN_URL,
+        )
+
+    @property
+    def configured(self) -> bool:
+        return self.path.is_file()
+
+    async def credential(self, transport: Transport, base_url: str, *, refused: str | None = None) -> Credential:
+        """A token that is good for now; `refused` names one that the provider has just turned down."""
+        async with self._lock:
+            saved = self._saved = self._saved or self._load()
+            expired = count(saved.get("expiry_date")) / 1000 < time.time() + 60
+            if expired or saved.get("access_token") == refused:
+                saved = await self._refresh(transport, saved)
+            credential = Credential(Secret(saved["access_token"]), own=False)
+            project = self.project or saved.get("project_id")
+            if not project:
+                project = await self._discover(transport, base_url, credential)
+                await self._save({**saved, "project_id": project})
+            return dataclasses.replace(credential, project=project)
+
+    def _load(self) -> JSON:
+        try:
+            saved = loads(self.path.read_bytes())
+        except FileNotFoundError:
+            raise AuthenticationError(
+                "no credentials for gemini-oauth: run `python vai.py login gemini-oauth`", provider="gemini-oauth"
+            ) from None
+        except (OSError, ValueError):
+            raise AuthenticationError(
+                "the credentials file of gemini-oauth is unreadable", provider="gemini-oauth"
+            ) from None
+        if not isinstance(saved, dict) or not isinstance(saved.get("access_token") or saved.get("refresh_token"), str):
+            raise AuthenticationError("the credentials file of gemini-oauth holds no token", provider="gemini-oauth")
+        return saved
+
+    async def _refresh(self, transport: Transport, saved: JSON) -> JSON:
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": str(saved.get("refresh_token") or ""),
+            "client_id": self.client_id or str(saved.get("client_id") or ""),
+            "client_secret": self.client_secret or str(saved.get("client_secret") or ""),
+        }
+        async with await transport.send(token_request(self.token_url, **form), "gemini-oauth") as upstream:
+            body = await upstream.read(1 << 20)
+            if upstream.status != 200:
+                raise provider_error("gemini-oauth", 401, upstream.headers, body, keys=form.values(), own_key=False)
+        with _unreadable("gemini-oauth"):
+            answer = loads(body)
+            expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
+            fresh = {**saved, "access_token": str(answer["access_token"]), "expiry_date": expiry}
+            if answer.get("refresh_token"):
+                fresh["refresh_token"] = str(answer["refresh_token"])
+        await self._save(fresh)
+        return fresh
+
+    async def _save(self, saved: JSON) -> None:
+        self._saved = saved
+        try:
+            await asyncio.to_thread(write_private, self.path, json.dumps(saved, indent=2))
+        except OSError as fault:
+            logger.warning("cannot write the credentials of gemini-oauth: %s", fault.strerror)
+
+    async def _discover(self, transport: Transport, base_url: str, credential: Credential) -> str:
+        """Ask Code Assist for the project, as its own command line does (gemini-cli, code_assist/setup.ts)."""
+        metadata = {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED", "pluginType": "GEMINI"}
+        answer = await self._ask(transport, credential, f"{base_url}:loadCodeAssist", {"metadata": metadata})
+        if isinstance(project := answer.get("cloudaicompanionProject"), str) and project:
+            return project
+        if not answer.get("currentTier"):
+            tiers = [tier for tier in answer.get("allowedTiers") or () if isinstance(tier, dict)]
+            tier = next((tier.get("id") for tier in tiers if tier.get("isDefault")), "legacy-tier")
+            operation = await self._ask(
+                transport, credential, f"{base_url}:onboardUser", {"tierId": tier, "metadata": metadata}
+            )
+            for _ in range(24):
+                if operation.get("done"):
+                    break
+                await asyncio.sleep(5)
+                operation = await self._ask(transport, credential, f"{base_url}/{operation.get('name')}", None)
+            found = _as_dict(_as_dict(operation.get("response")).get("cloudaicompanionProject")).get("id")
+            if isinstance(found, str) and found:
+                return found
+        reasons = [tier.get("reasonMessage") for tier in answer.get("ineligibleTiers") or () if isinstance(tier, dict)]
+        message = "Code Assist names no project: set GEMINI_OAUTH_PROJECT_ID"
+        message += f" ({_printable(str(reasons[0]), 300)})" if reasons else ""
+        raise PermissionDeniedError(message, provider="gemini-oauth")
+
+    async def _ask(self, transport: Transport, credential: Credential, url: str, body: JSON | None) -> JSON:
+        headers = {"Authorization": bearer(credential.key), "Content-Type": "application/json"}
+        request = HTTPRequest(url, headers, dumps(body) if body is not None else b"", "GET" if body is None else "POST")
+        async with await transport.send(request, "gemini-oauth") as upstream:
+            answer = await upstream.read(1 << 20)
+            if upstream.status != 200:
+                raise provider_error(
+                    "gemini-oauth", upstream.status, upstream.headers, answer, keys=[credential.key], own_key=False
+                )
+        with _unreadable("gemini-oauth"):
+            return dict(loads(answer))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

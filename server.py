@@ -1,0 +1,865 @@
+"""The gateway: vai's message API over HTTP, for a team, a browser, any language, any Anthropic SDK.
+
+    python server.py --sandbox          # everything, without a key or a network
+    python server.py --config vai.toml
+
+Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` lists them all. Needs vai.py and
+providers.py beside it, pydantic and aiohttp; uvloop is used where it is installed.
+
+Contents (`grep -n '^# == '` lists the sections):
+    configuration · callers and their keys · logs · errors and responses · the endpoints · the app · main
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import contextvars
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING or not __package__:
+    import providers
+    import vai
+    from providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
+else:
+    from . import providers, vai
+    from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
+
+logger = logging.getLogger("vai.server")
+access = logging.getLogger("vai.access")
+
+
+# == Configuration =====================================================================================================
+
+
+class ConfigError(Exception):
+    """One line that names the source, the field and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, frozen=True)
+
+
+class ServerSection(_Section):
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    allow_open: bool = False
+
+
+class KeyEntry(_Section):
+    key: Annotated[str, Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
+
+
+class AuthSection(_Section):
+    mode: Literal["api_key", "passthrough", "none"] = "api_key"
+    keys: list[KeyEntry] = []
+
+
+class ProviderSection(_Section):
+    api_key: Annotated[str, Field(min_length=1, pattern=r"^[\x21-\x7e]+$", repr=False)] | None = None
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$")] | None = None
+
+
+class LimitsSection(_Section):
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 10 << 20
+    max_json_depth: Annotated[int, Field(ge=8, le=500)] = 64
+    max_messages: Annotated[int, Field(ge=1)] = 1000
+    max_tools: Annotated[int, Field(ge=1)] = 256
+    max_tokens_default: Annotated[int, Field(ge=1)] = 4096
+
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class TimeoutsSection(_Section):
+    connect: Seconds = 10
+    first_byte: Seconds = 120
+    idle: Seconds = 120
+    total: Seconds = 600
+    body: Seconds = 60
+    write: Seconds = 60
+    drain: Annotated[float, Field(ge=0, le=86_400)] = 30
+
+
+class SSESection(_Section):
+    ping_interval: Seconds = 15
+
+
+class LogSection(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] | None = None
+
+
+class Config(_Section):
+    """What the gateway runs with; `load_config` makes it."""
+
+    server: ServerSection = ServerSection()
+    auth: AuthSection = AuthSection()
+    providers: dict[str, ProviderSection] = {}
+    aliases: dict[str, str] = {}
+    limits: LimitsSection = LimitsSection()
+    timeouts: TimeoutsSection = TimeoutsSection()
+    sse: SSESection = SSESection()
+    log: LogSection = LogSection()
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting: its place in `vai.toml`, its environment variable, its flag."""
+
+    path: str
+    env: str
+    flag: str | None = None
+    help: str = ""
+
+
+OPTIONS = (
+    Option("server.host", "VAI_HOST", "--host", "address to listen on (127.0.0.1)"),
+    Option("server.port", "VAI_PORT", "--port", "port to listen on (8080; 0 takes a free one)"),
+    Option("server.allow_open", "VAI_ALLOW_OPEN", "--allow-open", "let --auth none listen beyond this machine"),
+    Option("auth.mode", "VAI_AUTH_MODE", "--auth", "api_key, passthrough or none (api_key)"),
+    Option("auth.keys", "VAI_API_KEYS"),
+    Option("limits.max_body_bytes", "VAI_MAX_BODY_BYTES"),
+    Option("limits.max_tokens_default", "VAI_MAX_TOKENS_DEFAULT"),
+    *(Option(f"timeouts.{name}", f"VAI_TIMEOUT_{name.upper()}") for name in TimeoutsSection.model_fields),
+    Option("sse.ping_interval", "VAI_PING_INTERVAL"),
+    Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
+    Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
+)
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="server.py", description="vai's gateway: any model behind one API.")
+    for option in OPTIONS:
+        if option.flag == "--allow-open":
+            parser.add_argument(option.flag, dest=option.path, action="store_const", const="true", help=option.help)
+        elif option.flag:
+            parser.add_argument(option.flag, dest=option.path, metavar="X", help=option.help)
+    parser.add_argument("--config", metavar="FILE", help="configuration (./vai.toml if there)")
+    parser.add_argument("--check-config", action="store_true", help="check the configuration and end")
+    parser.add_argument("--sandbox", action="store_true", help="play all providers locally: no key, no network")
+    parser.add_argument("--version", action="version", version=f"vai {providers.__version__}")
+    return parser.parse_args(argv)
+
+
+def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
+    """Merge flags over environment over file. Raises `ConfigError`, which says where a wrong value came from."""
+    tree, sources = _read_file(flags.get("config") or environ.get("VAI_CONFIG"), environ)
+    for option in OPTIONS:
+        for source, value in ((option.env, environ.get(option.env)), (option.flag, flags.get(option.path))):
+            if source and value is not None:
+                _place(tree, option.path, _parsed(option.path, _clean(value, source)))
+                sources[option.path] = source
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as fault:
+        raise _config_error(fault, sources) from None
+    _check_config(config, sources)
+    return config
+
+
+def _read_file(name: str | None, environ: Mapping[str, str]) -> tuple[JSON, dict[str, str]]:
+    path = Path(name or "vai.toml")
+    if name is None and not path.is_file():
+        return {}, {}
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: {fault}") from None
+    return _filled_in(tree, environ, str(path)), {"": str(path)}
+
+
+def _filled_in(value: Any, environ: Mapping[str, str], where: str) -> Any:
+    """`${NAME}` in a string is the environment's; strings are stripped."""
+    if isinstance(value, dict):
+        return {key: _filled_in(item, environ, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(item, environ, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(found: re.Match[str]) -> str:
+        if found[1] not in environ:
+            raise ConfigError(f"{where}: the environment has no {found[1]}")
+        return environ[found[1]]
+
+    return _clean(re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", variable, value), where)
+
+
+def _clean(value: str, where: str) -> str:
+    value = value.strip()
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ConfigError(f"{where}: holds a control character")
+    return value
+
+
+def _parsed(path: str, value: str) -> Any:
+    """`auth.keys` from the environment: `key` or `name=key`, comma-separated."""
+    if path != "auth.keys":
+        return value
+    pairs = [item.strip().rpartition("=") for item in value.split(",") if item.strip()]
+    return [{"key": key, "name": name or f"key{number}"} for number, (name, _, key) in enumerate(pairs, 1)]
+
+
+def _place(tree: JSON, path: str, value: Any) -> None:
+    section, name = path.split(".")
+    tree.setdefault(section, {})
+    if isinstance(tree[section], dict):
+        tree[section][name] = value
+
+
+def _config_error(fault: ValidationError, sources: Mapping[str, str]) -> ConfigError:
+    first = fault.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = ".".join(str(step) for step in first["loc"])
+    source = next(
+        (name for prefix, name in sources.items() if prefix and path.startswith(prefix)), sources.get("", "vai.toml")
+    )
+    reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+    return ConfigError(f"{source}: {path}: {reason}")
+
+
+def _check_config(config: Config, sources: Mapping[str, str]) -> None:
+    source = sources.get("", "configuration")
+    for name in config.providers:
+        if name not in PROVIDERS:
+            raise ConfigError(f"{source}: providers.{name}: unknown provider; known: {', '.join(PROVIDERS)}")
+    for name, model in config.aliases.items():
+        try:
+            providers.split_model(model)
+        except Error as fault:
+            raise ConfigError(f"{source}: aliases.{name}: {fault.message}") from None
+    names = [entry.name for entry in config.auth.keys]
+    if len({entry.key for entry in config.auth.keys}) < len(names) or len(set(names)) < len(names):
+        raise ConfigError(f"{sources.get('auth.keys', source)}: auth.keys: keys and names must be unique")
+    if config.auth.mode == "none" and not is_loopback(config.server.host) and not config.server.allow_open:
+        raise ConfigError(
+            f"auth.mode none on {config.server.host} would let anyone in who reaches the port: "
+            "use another mode, host 127.0.0.1, or --allow-open"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine."""
+    name = host.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+# == Callers and their keys ============================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: the name goes into logs; `key` is what was presented, for passthrough."""
+
+    name: str
+    key: str | None = field(default=None, repr=False)
+
+
+class Callers:
+    """Who may call. A key is looked up by its digest and compared in constant time; none is kept readable."""
+
+    def __init__(self, config: AuthSection, *, loopback: bool) -> None:
+        self.mode = config.mode
+        self.made: str | None = None
+        entries = list(config.keys)
+        if self.mode == "api_key" and not entries:
+            self.made = f"vai_sk_{secrets.token_urlsafe(32)}"
+            entries = [KeyEntry(key=self.made, name="default")]
+        self._names = {hashlib.sha256(entry.key.encode()).digest(): entry.name for entry in entries}
+        self._loopback_only = self.mode == "none" and loopback
+
+    def identify(self, request: web.Request) -> Caller:
+        """The caller, or an error: there is no way past this but through it."""
+        if self.mode == "none":
+            host = request.headers.get("Host", "")
+            if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
+                raise providers.PermissionDeniedError(
+                    "this gateway answers to this machine's own names only", code="host"
+                )
+            return Caller("anyone")
+        key = presented_key(request)
+        if not key:
+            raise providers.AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
+        if self.mode == "passthrough":
+            return Caller("passthrough", key)
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        name = self._names.get(digest)
+        known = next((known for known in self._names if hmac.compare_digest(known, digest)), None)
+        if name is None or known is None:
+            raise providers.AuthenticationError("the API key is not valid")
+        return Caller(name)
+
+
+def presented_key(request: web.Request) -> str | None:
+    """The credential of a request. As at Anthropic, `X-API-Key` goes before `Authorization`; two of a kind are none."""
+    given = request.headers.getall("X-API-Key", [])
+    if not given:
+        values = request.headers.getall("Authorization", [])
+        given = [found[1] for value in values if (found := re.fullmatch(r"(?i:bearer) +(\S+)", value.strip()))]
+        if len(given) != len(values):
+            return None
+    return given[0].strip() if len(given) == 1 else None
+
+
+def provider_keys(request: web.Request, caller: Caller, provider: str) -> dict[str, str]:
+    """The keys that came in headers; in passthrough mode also the caller's own, for the provider of the model."""
+    prefix = "x-provider-key-"
+    keys = {n.lower().removeprefix(prefix): v for n, v in request.headers.items() if n.lower().startswith(prefix)}
+    adapter = PROVIDERS[provider]
+    if caller.key and not {name.replace("_", "-") for name in keys} & set(adapter.byok):
+        keys[adapter.byok[0]] = caller.key
+    return keys
+
+
+# == Logs ==============================================================================================================
+
+request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line. Of an exception only its type and where it was raised: its message may hold content."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: JSON = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": providers.redact(record.getMessage()),
+        }
+        if id := request_id.get():
+            line["request_id"] = id
+        line |= getattr(record, "fields", {})
+        if record.exc_info and record.exc_info[0]:
+            line["exception"] = record.exc_info[0].__name__
+            line["stack"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][-8:]
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+class TextFormatter(JSONFormatter):
+    """The same for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line: JSON = json.loads(super().format(record))
+        if record.name == access.name:
+            tokens = f" {line['input_tokens']}→{line['output_tokens']} tokens" if "output_tokens" in line else ""
+            model = f" {line['model']}" if line.get("model") else ""
+            what = f"{line['method']} {line['path']}{model}{tokens}"
+            return f"{clock} {line['status']} {line['duration_ms']:>6} ms  {what}  {line.get('request_id', '')}"
+        extra = "".join(f"\n    {place}" for place in line.get("stack", ()))
+        return f"{clock} {line['level'].upper()} {line['message']}{extra}"
+
+
+def configure_logs(config: LogSection) -> None:
+    """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out."""
+    style = config.format or ("text" if sys.stderr.isatty() else "json")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("vai").setLevel(config.level.upper())
+    for noisy in ("aiohttp.server", "aiohttp.access", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+# == Errors and responses ==============================================================================================
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+HEADER_SAFE = re.compile(r"[^\x20-\x7e]+")
+
+
+def error_of(fault: BaseException, path: str) -> Error:
+    """Any exception as one of ours. What is nobody's fault but our own says nothing about its insides."""
+    match fault:
+        case Error():
+            return fault
+        case web.HTTPRequestEntityTooLarge():
+            return providers.RequestTooLargeError("the body is too large")
+        case web.HTTPNotFound():
+            return providers.NotFoundError(f"no such route: {path[:100]}")
+        case web.HTTPMethodNotAllowed(method=method, allowed_methods=allowed):
+            wrong = InvalidRequestError(f"{method} is not for this route; it takes {', '.join(sorted(allowed))}")
+            wrong.status = 405
+            return wrong
+        case web.HTTPException(status=status) if 400 <= status < 500:
+            refused = InvalidRequestError("the request is malformed")
+            refused.status = status
+            return refused
+    logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
+    return providers.APIError("internal error")
+
+
+def error_response(fault: Error) -> web.Response:
+    headers = {}
+    if fault.retry_after is not None:
+        headers["Retry-After"] = str(fault.retry_after)
+    if fault.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(fault.to_wire(request_id.get()), status=fault.status, headers=headers)
+
+
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    raw = providers.dumps(body)
+    return web.Response(body=raw, status=status, headers=headers, content_type="application/json")
+
+
+def header_safe(value: object, limit: int = 512) -> str:
+    """What came from outside, fit for a response header."""
+    return HEADER_SAFE.sub("?", str(value))[:limit]
+
+
+async def read_body(request: web.Request, limits: LimitsSection, seconds: float) -> JSON:
+    """The JSON body, checked while it is read: type, encoding, size, time, depth."""
+    if request.content_type != "application/json":
+        message = "the Content-Type must be application/json"
+        raise InvalidRequestError(message, code="unsupported_media_type")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
+    too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.content.iter_any():
+                parts.append(part)
+                size += len(part)
+                if size > limits.max_body_bytes:
+                    raise too_large
+    except TimeoutError:
+        slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
+        slow.status = 408
+        raise slow from None
+    raw = b"".join(parts)
+    if size > 1 << 20:
+        return await asyncio.to_thread(providers.read_request, raw, limits.max_json_depth)
+    return providers.read_request(raw, limits.max_json_depth)
+
+
+class EventWriter:
+    """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
+
+    def __init__(self, request: web.Request, ping_interval: float, write_timeout: float) -> None:
+        self._request = request
+        self._interval = ping_interval
+        self._timeout = write_timeout
+        self._lock = asyncio.Lock()  # between the answer and the pings
+        self._last = time.monotonic()
+        self.response: web.StreamResponse | None = None
+        self.headers: dict[str, str] = {}
+        self.sent = 0
+
+    async def write(self, frames: bytes) -> None:
+        async with self._lock:
+            if self.response is None:
+                headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.headers}
+                response = web.StreamResponse(headers=headers)
+                response.content_type = "text/event-stream"
+                await response.prepare(self._request)
+                self.response = response
+            async with asyncio.timeout(self._timeout):
+                await self.response.write(frames)
+            self.sent += len(frames)
+            self._last = time.monotonic()
+
+    async def keep_alive(self) -> None:
+        """Pings, whenever nothing was written for a while."""
+        while True:
+            silence = time.monotonic() - self._last
+            if silence < self._interval:
+                await asyncio.sleep(self._interval - silence)
+            else:
+                await self.write(b'event: ping\ndata: {"type":"ping"}\n\n')
+
+    async def fail(self, fault: Error) -> None:
+        """The last event of a stream that cannot end well."""
+        await self.write(b"event: error\ndata: %b\n\n" % providers.dumps(fault.to_wire(request_id.get())))
+
+    async def end(self) -> None:
+        if self.response is not None:
+            await self.response.write_eof()
+
+
+# == The endpoints =====================================================================================================
+
+
+class Gateway:
+    """The state of one running gateway, and its endpoints."""
+
+    def __init__(self, config: Config, engine: vai.Direct) -> None:
+        self.config = config
+        self.engine = engine
+        self.callers = Callers(config.auth, loopback=is_loopback(config.server.host))
+        self.started = time.monotonic()
+        self.draining = False
+        self.expired = False  # the grace of the shutdown is over
+        self.running: set[asyncio.Task[Any]] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    # -- POST /v1/messages ------------------------------------------------------------------------------------------
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        caller = self.callers.identify(request)
+        request["caller"] = caller.name
+        body = await read_body(request, self.config.limits, self.config.timeouts.body)
+        self._check_counts(body)
+        large = (request.content_length or 0) > 1 << 20
+        headers = dict(request.headers)
+        asked = await asyncio.to_thread(self.engine.parse, body, headers) if large else self.engine.parse(body, headers)
+        request["provider"], request["model"] = asked.provider, asked.model_name
+        keys = provider_keys(request, caller, asked.provider)
+        return await (self._stream if asked.stream else self._create)(request, asked, keys)
+
+    def _check_counts(self, body: JSON) -> None:
+        limits = self.config.limits
+        for name, most in (("messages", limits.max_messages), ("tools", limits.max_tools)):
+            if isinstance(body.get(name), list) and len(body[name]) > most:
+                raise InvalidRequestError(f"{name}: more than {most}", param=name)
+
+    async def _create(self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]) -> web.Response:
+        message = await self.engine.create(asked, keys)
+        usage = message.usage
+        request["usage"] = usage
+        headers = {
+            "X-Model": header_safe(message.model),
+            "X-Input-Tokens": str(usage.input_tokens),
+            "X-Output-Tokens": str(usage.output_tokens),
+            "X-Duration-Ms": str(int((time.monotonic() - request["begun"]) * 1000)),
+            **dropped_header(message.dropped),
+        }
+        return json_response(message.to_wire(), headers=headers)
+
+    async def _stream(
+        self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
+    ) -> web.StreamResponse:
+        out = EventWriter(request, self.config.sse.ping_interval, self.config.timeouts.write)
+        pinger = asyncio.create_task(out.keep_alive())
+        try:
+            await self._copy(request, asked, keys, out)
+        except Error as fault:
+            if out.response is None:
+                raise
+            request["error"] = fault
+            await out.fail(fault)
+        except asyncio.CancelledError:
+            if not self.expired or out.response is None:
+                raise
+            if task := asyncio.current_task():
+                task.uncancel()
+            await out.fail(self._shutdown_error())
+        finally:
+            pinger.cancel()
+            await asyncio.wait([pinger])
+        await out.end()
+        request["sent"] = out.sent
+        assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)
+        return out.response
+
+    async def _copy(
+        self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str], out: EventWriter
+    ) -> None:
+        """The hot path: events of one read of the provider's socket are one write to the caller's."""
+        stream = await self.engine.open(asked, keys)
+        try:
+            out.headers = {"X-Model": header_safe(stream.model), **dropped_header(stream.dropped)}
+            async for events in stream:
+                await out.write(b"".join(map(sse_frame, events)))
+            request["usage"] = stream.usage
+            await out.end()
+            await stream.finish()
+        finally:
+            stream.close()
+
+    @staticmethod
+    def _shutdown_error() -> Error:
+        return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
+
+    # -- the rest ---------------------------------------------------------------------------------------------------
+
+    async def models(self, request: web.Request) -> web.Response:
+        self.callers.identify(request)
+        provider, capability = request.query.get("provider"), request.query.get("capability")
+        listed = await self.engine.models()
+        rows = [row.model_dump() for row in listed.providers if provider in (None, row.id)]
+        if capability is not None:
+            rows = [r for r in rows if r["capabilities"].get(capability) or capability in r["native_tools"]]
+        return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}})
+
+    async def health(self, request: web.Request) -> web.Response:
+        state: JSON = {
+            "status": "draining" if self.draining else "healthy",
+            "version": providers.__version__,
+            "providers": {id: {"configured": self.engine.available(id)} for id in PROVIDERS},
+            "uptime_seconds": int(time.monotonic() - self.started),
+        }
+        return json_response(state, status=503 if self.draining else 200)
+
+    # -- around every request ---------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Request id, the log line, and any exception as an envelope."""
+        given = request.headers.get("X-Request-ID", "")
+        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(12)}"
+        token = request_id.set(id)
+        request["id"], request["begun"] = id, time.monotonic()
+        status = 499  # what the log says of a caller that went away
+        try:
+            response = await self._answered(request, handler)
+            status = response.status
+            return response
+        finally:
+            self._log(request, status)
+            request_id.reset(token)
+
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if self.draining and request.path.startswith("/v1/"):
+                raise self._shutdown_error()
+            return await self._counted(request, handler)
+        except asyncio.CancelledError:
+            if not self.expired:
+                raise
+            if task := asyncio.current_task():
+                task.uncancel()
+            fault = self._shutdown_error()
+        except Exception as raised:
+            fault = error_of(raised, request.path)
+            if isinstance(raised, web.HTTPMethodNotAllowed):
+                request["allow"] = raised.headers["Allow"]
+        request["error"] = fault
+        response = error_response(fault)
+        if "allow" in request:
+            response.headers["Allow"] = request["allow"]
+        if fault.code == "draining" or fault.status in (408, 413):
+            response.force_close()
+        return response
+
+    async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        task = asyncio.current_task()
+        if task is None or not request.path.startswith("/v1/"):
+            return await handler(request)
+        self.running.add(task)
+        self.idle.clear()
+        try:
+            return await handler(request)
+        finally:
+            self.running.discard(task)
+            if not self.running:
+                self.idle.set()
+
+    def _log(self, request: web.Request, status: int) -> None:
+        fields: JSON = {
+            "request_id": request["id"],
+            "caller": request.get("caller"),
+            "method": request.method,
+            "path": request.path[:200],
+            "status": status,
+            "duration_ms": int((time.monotonic() - request["begun"]) * 1000),
+            "provider": request.get("provider"),
+            "model": request.get("model"),
+            "bytes": request.get("sent"),
+        }
+        if usage := request.get("usage"):
+            fields |= {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+        if fault := request.get("error"):
+            fields |= {"error": fault.type, "code": fault.code}
+        access.info("request", extra={"fields": {key: value for key, value in fields.items() if value is not None}})
+
+    async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Headers of every response; `request-id` is where Anthropic's SDKs look."""
+        response.headers["Server"] = "vai"
+        if "id" in request:
+            response.headers["X-Request-ID"] = response.headers["request-id"] = request["id"]
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def drain(self, grace: float) -> None:
+        """Let what runs come to its end; what has not after `grace` seconds is told so."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.idle.wait(), grace)
+        self.expired = True
+        for task in list(self.running):
+            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.idle.wait(), 2)
+
+
+def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
+    names = ", ".join(dropped)
+    return {"X-Vai-Dropped": header_safe(names, 1024)} if names else {}
+
+
+# == The app ===========================================================================================================
+
+GATEWAY = web.AppKey("gateway", Gateway)
+
+
+def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
+    """The engine of this configuration. In passthrough mode it has no keys of its own to fall back on."""
+    times = config.timeouts
+    return vai.Direct(
+        provider_keys={id: section.api_key for id, section in config.providers.items() if section.api_key},
+        base_urls={id: section.base_url for id, section in config.providers.items() if section.base_url},
+        aliases=config.aliases,
+        environ=environ,
+        timeouts=vai.Timeouts(times.connect, times.first_byte, times.idle, times.total),
+        max_tokens=config.limits.max_tokens_default,
+        own_keys=False,
+        keyless=config.auth.mode == "passthrough",
+    )
+
+
+def make_app(config: Config, engine: vai.Direct) -> web.Application:
+    gateway = Gateway(config, engine)
+    app = web.Application(middlewares=[gateway.observe])
+    app[GATEWAY] = gateway
+    app.router.add_post("/v1/messages", gateway.messages)
+    app.router.add_get("/v1/models", gateway.models)
+    app.router.add_get("/health", gateway.health)
+    app.on_response_prepare.append(gateway.mark)
+
+    async def cleanup(app: web.Application) -> None:
+        await engine.close()
+
+    app.on_cleanup.append(cleanup)
+    return app
+
+
+# == Main ==============================================================================================================
+
+
+async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:
+    """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
+    app = make_app(config, make_engine(config, environ))
+    gateway = app[GATEWAY]
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1, keepalive_timeout=75)
+    await runner.setup()
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop() -> None:
+        if stopped.is_set():
+            os._exit(0)
+        stopped.set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop)
+    try:
+        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as fault:
+            raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {fault.strerror}") from None
+        host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+        banner(f"http://{host}:{runner.addresses[0][1]}", gateway)
+        await stopped.wait()
+        logger.info("shutting down; %d requests in progress", len(gateway.running))
+        await gateway.drain(config.timeouts.drain)
+    finally:
+        await runner.cleanup()
+
+
+def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
+    """What is on, and what to type next."""
+    config, engine = gateway.config, gateway.engine
+    ready = [id for id in PROVIDERS if engine.available(id)]
+    lines = [f"vai {providers.__version__} listens on {url}", f"  auth       {config.auth.mode}"]
+    if gateway.callers.made:
+        lines.append(f"  key        {gateway.callers.made}   (made for this run; set VAI_API_KEYS to keep one)")
+    lines.append(
+        f"  providers  {', '.join(ready) or 'none has a key: bring one with each request, or set OPENAI_API_KEY …'}"
+    )
+    if sandbox:
+        lines.append("  sandbox    every provider is played on this machine; no key, no network, no bill")
+    if config.aliases:
+        lines.append(f"  aliases    {', '.join(config.aliases)}")
+    if config.auth.mode != "passthrough":
+        key = gateway.callers.made or "YOUR_KEY"
+        auth = f"-H 'x-api-key: {key}' " if config.auth.mode == "api_key" else ""
+        model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+        lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
+    print("\n".join(lines), flush=True)
+
+
+async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        if sandbox:
+            environ = {**environ, **await stack.enter_async_context(_sandbox())}
+            config = config.model_copy(update={"providers": {}})
+        await serve(config, environ, banner=lambda url, gateway: say_hello(url, gateway, sandbox=sandbox))
+
+
+@contextlib.asynccontextmanager
+async def _sandbox() -> Any:
+    if TYPE_CHECKING or not __package__:
+        from sandbox import Sandbox
+    else:
+        from .sandbox import Sandbox
+    async with Sandbox() as local:
+        yield local.environ
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. Exit code 0 after a shutdown, 2 for a configuration that cannot work."""
+    options = arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        config = load_config(vars(options), os.environ)
+        if options.check_config:
+            make_engine(config, os.environ)
+            print("the configuration is good")
+            return
+        configure_logs(config.log)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run(config, os.environ, sandbox=options.sandbox))
+    except (ConfigError, InvalidRequestError) as fault:
+        _fail(str(fault))
+    except KeyboardInterrupt:
+        return
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"vai: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

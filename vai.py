@@ -1,0 +1,1001 @@
+"""Any model behind one message API, in process or through a gateway.
+
+    from vai import Client
+
+    client = Client()  # keys from the environment; Client(base_url=…, api_key=…) talks to a gateway
+    message = client.messages.create(model="anthropic/claude-sonnet-5-5", messages="What is the capital of France?")
+    print(message.text, message.usage.total_tokens)
+
+Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
+
+Contents (`grep -n '^# == '` lists the sections):
+    content helpers · what a caller may pass · engines (direct, gateway) · the asynchronous client · the synchronous one
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import json
+import mimetypes
+import os
+import random
+import re
+import threading
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING or not __package__:
+    import providers
+    from providers import *
+else:
+    from . import providers
+    from .providers import *
+
+VERSION = "0.1.0"
+if providers.__version__ != VERSION:
+    raise ImportError(f"vai {VERSION} found providers.py of version {providers.__version__!r} at {providers.__file__}")
+
+__all__ = [
+    *providers.__all__,
+    "AsyncClient",
+    "AsyncMessageStream",
+    "Client",
+    "Direct",
+    "Gateway",
+    "MessageStream",
+    "Models",
+    "ProviderInfo",
+    "audio",
+    "document",
+    "image",
+    "image_url",
+    "text",
+    "tool_result",
+    "video",
+]
+
+T = TypeVar("T")
+
+
+# == Content helpers ===================================================================================================
+
+Source: TypeAlias = str | bytes | os.PathLike[str]
+_MAGIC = (
+    (b"\x89PNG", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"%PDF", "application/pdf"),
+    (b"ID3", "audio/mpeg"),
+    (b"\xff\xfb", "audio/mpeg"),
+    (b"OggS", "audio/ogg"),
+    (b"fLaC", "audio/flac"),
+    (b"\x1aE\xdf\xa3", "video/webm"),
+)
+
+
+def text(text: str) -> JSON:
+    """A text block."""
+    return {"type": "text", "text": text}
+
+
+def image(source: Source, media_type: str | None = None) -> JSON:
+    """An image block from a path, bytes or an http(s) URL."""
+    return {"type": "image", "source": _source(source, media_type, "image/png")}
+
+
+def image_url(url: str) -> JSON:
+    """An image block that the provider fetches itself."""
+    return {"type": "image", "source": {"type": "url", "url": url}}
+
+
+def audio(source: Source, media_type: str | None = None) -> JSON:
+    """An audio block from a path or bytes."""
+    return {"type": "audio", "source": _source(source, media_type, "audio/wav")}
+
+
+def video(source: Source, media_type: str | None = None) -> JSON:
+    """A video block from a path, bytes or an http(s) URL."""
+    return {"type": "video", "source": _source(source, media_type, "video/mp4")}
+
+
+def document(source: Source, media_type: str | None = None, *, title: str | None = None) -> JSON:
+    """A document block from a path, bytes or an http(s) URL: a PDF, or anything that is text."""
+    given = _source(source, media_type, "application/pdf")
+    if given["type"] == "base64" and given["media_type"].startswith(("text/", "application/json")):
+        plain = base64.b64decode(given["data"]).decode("utf-8", "replace")
+        given = {"type": "text", "media_type": "text/plain", "data": plain}
+    if title is None and isinstance(source, (str, os.PathLike)) and given["type"] != "url":
+        title = Path(source).name
+    return {"type": "document", "source": given} | ({"title": title} if title else {})
+
+
+def tool_result(tool_use_id: str, content: Any = "", *, is_error: bool = False) -> JSON:
+    """The answer to a `tool_use`: text, blocks, or anything that JSON can hold."""
+    if not isinstance(content, (str, list)):
+        content = json.dumps(_plain(content), ensure_ascii=False)
+    block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": _plain(content)}
+    return block | ({"is_error": True} if is_error else {})
+
+
+def _source(source: Source, media_type: str | None, default: str) -> JSON:
+    if isinstance(source, str) and re.match(r"https?://", source):
+        return {"type": "url", "url": source}
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if media_type is None and not isinstance(source, bytes):
+        media_type = mimetypes.guess_type(os.fspath(source))[0]
+    if media_type is None:
+        media_type = _sniff(data) or default
+    return {"type": "base64", "media_type": media_type, "data": base64.b64encode(data).decode("ascii")}
+
+
+def _sniff(data: bytes) -> str | None:
+    if data[:4] == b"RIFF":
+        return {b"WEBP": "image/webp", b"WAVE": "audio/wav"}.get(data[8:12])
+    if data[4:8] == b"ftyp":
+        return "audio/mp4" if data[8:11] == b"M4A" else "video/mp4"
+    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), None)
+
+
+# == What a caller may pass ============================================================================================
+
+Block: TypeAlias = Mapping[str, Any] | BaseModel
+Turn: TypeAlias = Mapping[str, Any] | Message
+Messages: TypeAlias = str | Sequence[Turn]
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of a request beside `model` and `messages`; see the README's table."""
+
+    max_tokens: int
+    system: str | Sequence[Block]
+    stop_sequences: Sequence[str]
+    metadata: Mapping[str, Any]
+    thinking: Mapping[str, Any]
+    output_config: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: Mapping[str, Any]
+    temperature: float
+    top_p: float
+    top_k: int
+    output_format: Mapping[str, Any]
+    output: Mapping[str, Any]
+    voice: Mapping[str, Any]
+    extensions: Mapping[str, Mapping[str, Any]]
+    cache_control: Mapping[str, Any]
+    container: Any
+    context_management: Mapping[str, Any]
+    mcp_servers: Sequence[Mapping[str, Any]]
+    service_tier: str
+    extra_headers: Mapping[str, str]
+    extra_body: Mapping[str, Any]
+    provider_keys: Mapping[str, str]
+
+
+def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> JSON:
+    """The JSON body of a request, with answers of earlier turns and pydantic objects made plain."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [_turn(turn) for turn in messages]
+    rest = {key: _plain(value) for key, value in fields.items() if value is not None}
+    return {"model": model, "messages": turns} | rest
+
+
+def _turn(turn: Turn) -> Any:
+    if isinstance(turn, Message):
+        return {"role": "assistant", "content": [block.to_wire() for block in turn.content]}
+    return _plain(turn)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
+        return [_plain(item) for item in value]
+    return value
+
+
+# == Engines ===========================================================================================================
+# An engine turns a request into an answer: `Direct` asks the provider, `Gateway` asks a vai gateway. Clients and the
+# gateway itself are written against this shape; everything that differs between the two modes is here.
+
+
+class Engine(Protocol):
+    """What a client needs of either mode. `parse` raises for a request that is wrong; the rest does I/O."""
+
+    def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> Any: ...
+    async def create(self, request: Any, keys: Mapping[str, str] | None = None) -> Message: ...
+    async def open(self, request: Any, keys: Mapping[str, str] | None = None) -> EventStream: ...
+    async def models(self) -> Models: ...
+    async def close(self) -> None: ...
+
+
+class ProviderInfo(BaseModel):
+    """A provider, as `GET /v1/models` lists it."""
+
+    id: str
+    name: str
+    available: bool
+    capabilities: dict[str, bool]
+    native_tools: list[str]
+    auth: dict[str, str]
+
+
+class Models(BaseModel):
+    """What can be asked: providers with their capabilities, and aliases. There is no catalogue of models."""
+
+    providers: list[ProviderInfo]
+    aliases: dict[str, str] = {}
+    voice: dict[str, list[str]] = {}
+
+
+class EventStream:
+    """An answer coming in: iterate for lists of events, one list for each read of the socket.
+
+    Ends after `message_stop`, or raises the `Error` that ended it. Closing it lets go of the provider at once.
+    """
+
+    def __init__(
+        self, upstream: Upstream, decoder: StreamDecoder, dropped: list[str], request_id: str | None = None
+    ) -> None:
+        self.dropped = dropped
+        self.request_id = request_id
+        self._upstream = upstream
+        self._decoder = decoder
+        self._sse = SSEDecoder()
+        self._head = b""  # of a body in which there was no event yet: it may be an error in JSON
+        self._ready: list[StreamEvent] = []
+        self._fault: Error | None = None
+
+    async def start(self) -> None:
+        """Wait for the first events, so that an answer that is an error from the start is raised here."""
+        self._ready = await self._next()
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> list[StreamEvent]:
+        if self._ready:
+            events, self._ready = self._ready, []
+            return events
+        if events := await self._next():
+            return events
+        raise StopAsyncIteration
+
+    async def _next(self) -> list[StreamEvent]:
+        """The next events; none at the end."""
+        decoder = self._decoder
+        while not decoder.ended:
+            if self._fault:
+                raise self._fault
+            events: list[StreamEvent] = []
+            try:
+                await self._read(events)
+            except Error as fault:
+                if not events:
+                    raise
+                self._fault = fault
+            if events:
+                return events
+        return []
+
+    async def _read(self, events: list[StreamEvent]) -> None:
+        decoder = self._decoder
+        try:
+            data = await self._upstream.chunk(1.0 if decoder.ending else None)
+        except ProviderError as fault:
+            if decoder.ending:
+                data = b""
+            elif fault.code == "connection_broken":
+                raise StreamTruncated(provider=fault.provider) from None
+            else:
+                raise
+        except Error:
+            if not decoder.ending:
+                raise
+            data = b""
+        for sse in self._sse.feed(data) if data else self._last_events():
+            events += decoder.feed(sse)
+        if not data:
+            self._check_head()
+            events += decoder.close()
+        elif self._head is not None and not events and len(self._head) < 64 << 10:
+            self._head += data
+
+    def _last_events(self) -> Iterator[Any]:
+        """Events that lack their blank line at the end of the body: half a one is the mark of a broken stream."""
+        for sse in self._sse.close():
+            try:
+                providers.loads(sse.data)
+            except ValueError:
+                if sse.data.strip() != "[DONE]":
+                    raise StreamTruncated(provider=self._decoder.provider) from None
+            yield sse
+
+    def _check_head(self) -> None:
+        """A body that holds no event at all may be an error in JSON, whatever its content type says."""
+        if self._decoder.build.started or self._head.lstrip()[:1] not in (b"{", b"["):
+            return
+        with contextlib.suppress(ValueError):
+            body = providers.loads(self._head)
+            found = body[0] if isinstance(body, list) and body else body
+            if isinstance(found, dict) and found.get("error"):
+                raise providers.stream_error(self._decoder.provider, found["error"])
+
+    async def finish(self) -> None:
+        """After the end: give the provider a moment to end the body, so that the connection can be used again."""
+        await self._upstream.drain()
+        self._upstream.abort()
+
+    def close(self) -> None:
+        self._upstream.abort()
+
+    @property
+    def model(self) -> str:
+        """The model that answers, as far as it has said so."""
+        first = self._ready[0] if self._ready else None
+        return first.message.model if isinstance(first, MessageStart) else ""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What it cost, once the answer is whole."""
+        return self._decoder.build.usage
+
+
+class Direct:
+    """Asks the providers themselves.
+
+    `provider_keys` by provider id (or its BYOK name); what is missing comes from `environ`, as do base URLs.
+    `own_keys` says that a refused key is the caller's to mend: true for a script, false for a gateway's own keys.
+    `keyless` has no keys at all but those that come with a request.
+    """
+
+    def __init__(
+        self,
+        *,
+        provider_keys: Mapping[str, str] | None = None,
+        base_urls: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        timeouts: Timeouts | None = None,
+        max_tokens: int = 4096,
+        own_keys: bool = True,
+        keyless: bool = False,
+    ) -> None:
+        environ = os.environ if environ is None else environ
+        given = {_key_name(name): key for name, key in (provider_keys or {}).items()}
+        self.aliases = dict(aliases or {})
+        self.max_tokens = max_tokens
+        self.own_keys = own_keys
+        self.keys: dict[str, Secret] = {}
+        self.base_urls: dict[str, str] = {}
+        for adapter in PROVIDERS.values():
+            found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
+            if not keyless and (key := next((key.strip() for key in found if key and key.strip()), None)):
+                self.keys[adapter.id] = _checked_key(key, f"the key for {adapter.id}")
+            urls = [(base_urls or {}).get(adapter.id)] + [environ.get(name) for name in adapter.url_env]
+            url = next((url.strip() for url in urls if url and url.strip()), adapter.base_url)
+            self.base_urls[adapter.id] = url.rstrip("/")
+        self.login = GoogleLogin.from_environ(environ)
+        self._logs_in = self.login.configured and not keyless
+        self.transport = Transport(timeouts)
+
+    def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
+        """The request, checked. `headers` may hold `anthropic-version` and `anthropic-beta`."""
+        low = {name.lower(): value for name, value in (headers or {}).items()}
+        kept = {name: low[name] for name in ("anthropic-version", "anthropic-beta") if low.get(name)}
+        for name, value in kept.items():
+            if len(value) > 1024 or not re.fullmatch(r"[\x20-\x7e]*", value):
+                raise InvalidRequestError(f"the header {name} is not a plain list of names", param=name)
+        return providers.parse_request(body, headers=kept, aliases=self.aliases)
+
+    async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
+        adapter = PROVIDERS[request.provider]
+        async with await self._send(adapter, request, keys or {}) as upstream:
+            raw = await upstream.read()
+        try:
+            body = providers.loads(raw.decode("utf-8-sig", "replace"))
+        except ValueError:
+            raise ProviderError(
+                f"{adapter.id} sent an answer that is not JSON", provider=adapter.id, code="unreadable_answer"
+            ) from None
+        message = adapter.decode(body, request)
+        message._dropped = list(request.dropped)
+        return message
+
+    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+        adapter = PROVIDERS[request.provider]
+        upstream = await self._send(adapter, request, keys or {})
+        stream = EventStream(upstream, adapter.decoder(request), request.dropped)
+        try:
+            await stream.start()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def models(self) -> Models:
+        listed = [
+            ProviderInfo(
+                id=adapter.id,
+                name=adapter.name,
+                available=self.available(adapter.id),
+                capabilities=dict.fromkeys(adapter.capabilities, True),
+                native_tools=list(adapter.native_tools),
+                auth={"header": f"X-Provider-Key-{_HEADER_NAMES.get(adapter.id, adapter.id.title())}"},
+            )
+            for adapter in PROVIDERS.values()
+        ]
+        return Models(providers=listed, aliases=self.aliases)
+
+    def available(self, provider: str) -> bool:
+        """Whether there is a key for the provider."""
+        return provider in self.keys or (provider == "gemini-oauth" and self._logs_in)
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+    async def credential(
+        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
+    ) -> Credential:
+        """Whose key pays: the caller's (`keys`, then the body's `provider_keys`), else our own."""
+        brought = byok(request.provider_keys) | byok(keys)
+        if key := next((brought[name] for name in adapter.byok if name in brought), None):
+            return Credential(key, own=True, project=self.login.project)
+        if adapter.id in self.keys:
+            return Credential(self.keys[adapter.id], own=self.own_keys, project=self.login.project)
+        if adapter.id == "gemini-oauth" and self._logs_in:
+            return await self.login.credential(self.transport, self.base_urls[adapter.id], refused=refused)
+        where = " or ".join(adapter.key_env) or "credentials (`python vai.py login gemini-oauth`)"
+        message = f"no key for {adapter.id}: set {where}, or bring one as provider_keys.{adapter.id}"
+        raise AuthenticationError(message, provider=adapter.id, code="no_provider_key")
+
+    async def _send(self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str]) -> Upstream:
+        """The provider's 200. Without a refused advisory field, or with a fresh token, a request is repeated once."""
+        refused: str | None = None
+        for _ in range(3):
+            credential = await self.credential(adapter, request, keys, refused)
+            sent = adapter.encode(request, credential, self.base_urls[adapter.id], self.max_tokens)
+            upstream = await self.transport.send(sent, adapter.id)
+            if upstream.status == 200:
+                return upstream
+            fault = await self._fault(upstream, adapter, credential)
+            stale = upstream.status == 401 and adapter.id == "gemini-oauth" and not credential.own
+            if stale and refused is None and self._logs_in:
+                refused = credential.key
+            elif (name := adapter.refused_field(fault, request)) and not request._retried:
+                request._retried = True
+                request.drop(name)
+            else:
+                raise fault
+        raise fault
+
+    async def _fault(self, upstream: Upstream, adapter: Adapter, credential: Credential) -> Error:
+        async with upstream:
+            body = await upstream.read_some()
+        return providers.provider_error(
+            adapter.id, upstream.status, upstream.headers, body, keys=[credential.key], own_key=credential.own
+        )
+
+
+_HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
+BYOK_NAMES = {name for adapter in PROVIDERS.values() for name in adapter.byok} | {"cartesia"}
+
+
+def _key_name(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
+    """Keys that a caller brought, by BYOK name. Raises `InvalidRequestError` without showing a value."""
+    out: dict[str, Secret] = {}
+    for name, key in keys.items():
+        if _key_name(name) not in BYOK_NAMES:
+            known = ", ".join(sorted(BYOK_NAMES))
+            raise InvalidRequestError(f"no provider takes a key by this name; known: {known}", param="provider_keys")
+        out[_key_name(name)] = _checked_key(key, f"provider_keys.{_key_name(name)}")
+    return out
+
+
+def _checked_key(key: str, param: str) -> Secret:
+    if not re.fullmatch(r"[\x21-\x7e]{1,8192}", key):
+        raise InvalidRequestError(f"{param}: not a key (printable ASCII without spaces)", param=param)
+    return Secret(key)
+
+
+class _GatewayRequest:
+    """A request that the gateway will check: body and headers as they go."""
+
+    def __init__(self, body: JSON, headers: Mapping[str, str]) -> None:
+        self.body = body
+        self.headers = headers
+        self.provider = "gateway"
+        self.stop_sequences: list[str] = []
+        self.tool_names: dict[str, str] = {}
+
+
+class Gateway:
+    """Asks a vai gateway. Its answers are canonical already: they are read, not translated."""
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        provider_keys: Mapping[str, str] | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.transport = Transport(timeouts)
+        self._headers: dict[str, str] = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = providers.bearer(_checked_key(api_key, "api_key"))
+        self._headers |= self._byok(provider_keys or {})
+
+    @staticmethod
+    def _byok(keys: Mapping[str, str]) -> dict[str, str]:
+        return {f"X-Provider-Key-{name}": key for name, key in byok(keys).items()}
+
+    def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> _GatewayRequest:
+        return _GatewayRequest(body, headers or {})
+
+    async def create(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> Message:
+        async with await self._send("POST", "/v1/messages", request, keys) as upstream:
+            body = await self._json(upstream)
+        message = Message.model_validate(body)
+        message._dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
+        message._request_id = upstream.headers.get("X-Request-ID")
+        return message
+
+    async def open(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+        request.body = request.body | {"stream": True}
+        upstream = await self._send("POST", "/v1/messages", request, keys)
+        decoder = GatewayDecoder()
+        dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
+        stream = EventStream(upstream, decoder, dropped, upstream.headers.get("X-Request-ID"))
+        try:
+            await stream.start()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def models(self) -> Models:
+        async with await self._send("GET", "/v1/models", _GatewayRequest({}, {}), None) as upstream:
+            return Models.model_validate(await self._json(upstream))
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+    async def _send(self, method: str, path: str, request: _GatewayRequest, keys: Mapping[str, str] | None) -> Upstream:
+        headers = {**self._headers, **request.headers, **self._byok(keys or {})}
+        try:
+            raw = providers.dumps(request.body) if method == "POST" else b""
+        except ValueError:
+            raise InvalidRequestError("the request holds a number that JSON cannot") from None
+        sent = providers.HTTPRequest(self.base_url + path, headers, raw, method)
+        upstream = await self.transport.send(sent, "gateway")
+        if upstream.status == 200:
+            return upstream
+        async with upstream:
+            body = await upstream.read_some()
+        raise error_from_wire(body, upstream.status)
+
+    @staticmethod
+    async def _json(upstream: Upstream) -> Any:
+        try:
+            return providers.loads(await upstream.read())
+        except ValueError:
+            raise ProviderError("the gateway's answer is not JSON", code="unreadable_answer") from None
+
+
+def _listed(header: str | None) -> list[str]:
+    return [name.strip() for name in (header or "").split(",") if name.strip()]
+
+
+def error_from_wire(body: bytes | JSON, status: int = 500) -> Error:
+    """The error that an envelope speaks of: same class, same fields."""
+    try:
+        envelope = providers.loads(body) if isinstance(body, bytes) else body
+        error = envelope["error"]
+        cls = ERRORS.get(error["type"], APIError)
+        fields = {name: error.get(name) for name in ("param", "code", "provider", "provider_error", "retry_after")}
+        if fields["code"] == "stream_truncated":
+            cls = StreamTruncated
+        return cls(str(error["message"]), request_id=error.get("request_id"), **fields)
+    except (ValueError, KeyError, TypeError):
+        return providers.provider_error("gateway", status, {}, body if isinstance(body, bytes) else b"")
+
+
+class GatewayDecoder(StreamDecoder):
+    """The canonical events off the wire."""
+
+    def __init__(self) -> None:
+        self.provider = "gateway"
+        self.build = providers.EventBuilder("gateway")
+        self._cutter = None
+
+    def chunk(self, chunk: Any) -> list[StreamEvent]:
+        if chunk["type"] == "error":
+            raise error_from_wire(chunk)
+        event = providers.event_from_wire(chunk)
+        if event is None:
+            return []
+        self.build.started = True
+        self.build.ended = event.type == "message_stop"
+        return [event]
+
+
+# == The asynchronous client ===========================================================================================
+
+
+class AsyncMessageStream:
+    """A streamed answer. Iterate it for events, or `text` for text alone; `final()` is the whole message.
+
+    async with client.messages.stream(model=…, messages=…) as stream:
+        async for piece in stream.text:
+            print(piece, end="", flush=True)
+        message = await stream.final()
+    """
+
+    def __init__(self, opening: Coroutine[Any, Any, EventStream]) -> None:
+        self._opening = opening
+        self._stream: EventStream | None = None
+        self._total = Accumulator()
+        self._events: collections.deque[StreamEvent] = collections.deque()
+
+    async def __aenter__(self) -> AsyncMessageStream:
+        self._stream = await self._opening
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncMessageStream:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        while not self._events:
+            self._events.extend(await self.batch())
+        return self._events.popleft()
+
+    async def batch(self) -> list[StreamEvent]:
+        """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
+        if self._stream is None:
+            raise RuntimeError("a stream is used inside `async with`")
+        events = await anext(self._stream)
+        for event in events:
+            self._total.add(event)
+        return events
+
+    @property
+    def text(self) -> AsyncIterator[str]:
+        """The pieces of text, as they come."""
+        return text_of(self)
+
+    @property
+    def message(self) -> Message | None:
+        """The answer as far as it has come; None before it begins."""
+        return self._total.message
+
+    @property
+    def dropped(self) -> list[str]:
+        """Advisory fields of the request that the provider does not take."""
+        return self._stream.dropped if self._stream else []
+
+    @property
+    def request_id(self) -> str | None:
+        return self._stream.request_id if self._stream else None
+
+    async def final(self) -> Message:
+        """Read to the end: the message that a request without `stream` would have got."""
+        async for _ in self:
+            pass
+        message = self._total.message
+        if message is None:
+            raise StreamTruncated("the stream was closed before it began")
+        message._dropped = list(self.dropped)
+        message._request_id = self.request_id
+        return message
+
+    async def close(self) -> None:
+        """Let go of the provider, at once if the answer is not whole."""
+        self._opening.close()
+        if self._stream is not None:
+            self._stream.close()
+
+
+async def text_of(stream: AsyncMessageStream) -> AsyncIterator[str]:
+    """The text deltas of a stream."""
+    async for event in stream:
+        if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
+            yield event.delta.text
+
+
+class AsyncMessages:
+    """`client.messages`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
+        """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
+        request, keys = self._client._prepare(model, messages, fields)
+        return await self._client._retrying(lambda: self._client._engine.create(request(), keys))
+
+    def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> AsyncMessageStream:
+        """The answer as it comes; to be used with `async with`."""
+        return AsyncMessageStream(self._open(model, messages, fields))
+
+    async def _open(self, model: str, messages: Messages, fields: RequestFields) -> EventStream:
+        request, keys = self._client._prepare(model, messages, fields, stream=True)
+        return await self._client._retrying(lambda: self._client._engine.open(request(), keys))
+
+
+class AsyncModels:
+    """`client.models`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> Models:
+        return await self._client._retrying(self._client._engine.models)
+
+
+class AsyncClient:
+    """Any model, in process (`AsyncClient()`) or through a gateway (`AsyncClient(base_url=…, api_key=…)`).
+
+    `timeout` is in seconds for a whole request; `max_retries` repeats 408, 409, 429, 5xx and failed connections, with
+    growing pauses or after `retry_after`, and never once the answer has begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        provider_keys: Mapping[str, str] | None = None,
+        base_urls: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        timeout: float | Timeouts = 600,
+        max_retries: int = 2,
+    ) -> None:
+        timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(
+            connect=min(10, timeout), first_byte=min(120, timeout), idle=min(120, timeout), total=timeout
+        )  # fmt: skip
+        self._engine: Engine
+        if base_url is None:
+            self._engine = Direct(provider_keys=provider_keys, base_urls=base_urls, aliases=aliases, timeouts=timeouts)
+        else:
+            self._engine = Gateway(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
+        self._max_retries = max_retries
+        self._closed = False
+        self.messages = AsyncMessages(self)
+        self.models = AsyncModels(self)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._engine.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._engine).__name__.lower()})"
+
+    def _prepare(
+        self, model: str, messages: Messages, fields: RequestFields, stream: bool = False
+    ) -> tuple[Any, Mapping[str, str]]:
+        """A maker of the request (a retry starts afresh), and the keys that come with it."""
+        rest = dict(fields)
+        headers: Any = rest.pop("extra_headers", None) or {}
+        keys: Any = rest.pop("provider_keys", None) or {}
+        more: Any = rest.pop("extra_body", None) or {}
+        body = request_body(model, messages, {**rest, **more, **({"stream": True} if stream else {})})
+        return lambda: self._engine.parse(body, headers), keys
+
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        for tries in range(self._max_retries + 1):
+            try:
+                return await attempt()
+            except Error as fault:
+                if tries == self._max_retries or not fault.retryable:
+                    raise
+                pause = fault.retry_after if fault.retry_after is not None else min(8.0, 0.5 * 2**tries)
+                if pause > 60:
+                    raise
+                await asyncio.sleep(pause * (1 if fault.retry_after else random.uniform(0.75, 1.25)))
+        raise AssertionError("unreachable")
+
+
+# == The synchronous client ============================================================================================
+
+
+class _Portal:
+    """An event loop on a thread of its own, where the asynchronous client does the work of the synchronous one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="vai", daemon=True)
+                self._thread.start()
+            return self._loop
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end on the loop's thread; Ctrl-C here cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel():
+                with contextlib.suppress(concurrent.futures.CancelledError, Exception):
+                    future.result(1)
+            raise
+
+    def stop(self) -> None:
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop and thread:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(5)
+            loop.close()
+
+
+class MessageStream:
+    """`AsyncMessageStream` without `await`: events come over in batches, one for each read of the socket."""
+
+    def __init__(self, stream: AsyncMessageStream, portal: _Portal) -> None:
+        self._async = stream
+        self._portal = portal
+        self._events: collections.deque[StreamEvent] = collections.deque()
+        self._ended = False
+
+    def __enter__(self) -> MessageStream:
+        self._portal.call(self._async.__aenter__())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        while not self._events:
+            if self._ended:
+                raise StopIteration
+            batch = self._portal.call(self._next_batch())
+            self._ended = not batch
+            self._events.extend(batch)
+        return self._events.popleft()
+
+    async def _next_batch(self) -> list[StreamEvent]:
+        try:
+            return await self._async.batch()
+        except StopAsyncIteration:
+            return []
+
+    @property
+    def text(self) -> Iterator[str]:
+        """The pieces of text, as they come."""
+        for event in self:
+            if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
+                yield event.delta.text
+
+    @property
+    def message(self) -> Message | None:
+        return self._async.message
+
+    @property
+    def dropped(self) -> list[str]:
+        return self._async.dropped
+
+    @property
+    def request_id(self) -> str | None:
+        return self._async.request_id
+
+    def final(self) -> Message:
+        self._events.clear()
+        return self._portal.call(self._async.final())
+
+    def close(self) -> None:
+        self._portal.call(self._async.close())
+
+
+class SyncMessages:
+    """`client.messages`."""
+
+    def __init__(self, messages: AsyncMessages, portal: _Portal) -> None:
+        self._async = messages
+        self._portal = portal
+
+    def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
+        """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
+        return self._portal.call(self._async.create(model=model, messages=messages, **fields))
+
+    def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> MessageStream:
+        """The answer as it comes; to be used with `with`."""
+        return MessageStream(self._async.stream(model=model, messages=messages, **fields), self._portal)
+
+
+class SyncModels:
+    """`client.models`."""
+
+    def __init__(self, models: AsyncModels, portal: _Portal) -> None:
+        self._async = models
+        self._portal = portal
+
+    def list(self) -> Models:
+        return self._portal.call(self._async.list())
+
+
+class Client:
+    """`AsyncClient` without `await`, for scripts, threads and notebooks; it works inside a running event loop too."""
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        provider_keys: Mapping[str, str] | None = None,
+        base_urls: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        timeout: float | Timeouts = 600,
+        max_retries: int = 2,
+    ) -> None:
+        self._async = AsyncClient(
+            base_url=base_url,
+            api_key=api_key,
+            provider_keys=provider_keys,
+            base_urls=base_urls,
+            aliases=aliases,
+            timeout=timeout,
+            max_retries=max_retries,
+        )
+        self._portal = _Portal()
+        self.messages = SyncMessages(self._async.messages, self._portal)
+        self.models = SyncModels(self._async.models, self._portal)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("AsyncClient", "Client")
+
+    def close(self) -> None:
+        if not self._async._closed:
+            self._portal.call(self._async.close())
+            self._portal.stop()
+
+    def __del__(self) -> None:
+        portal = getattr(self, "_portal", None)
+        if portal is not None and portal._loop is not None and not self._async._closed:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self)
+            with contextlib.suppress(RuntimeError):
+                asyncio.run_coroutine_threadsafe(self._async.close(), portal.loop).add_done_callback(
+                    lambda _: portal._loop and portal._loop.call_soon_threadsafe(portal._loop.stop)
+                )
