@@ -1436,12 +1436,40 @@ class Accumulator:
 
 
 def tool_input(arguments: str) -> JSON:
-    """A tool call's arguments as an object; what is none is kept under `invalid_json`, never lost."""
-    try:
-        parsed = (loads(arguments) if arguments.strip() else None) or {}
-    except ValueError:
-        parsed = None
-    return parsed if isinstance(parsed, dict) else {"invalid_json": arguments}
+    """A tool call's arguments as an object. One that is none says `invalid_json`, and nothing of it is lost."""
+    for text in (arguments, arguments + completion(arguments)):
+        with contextlib.suppress(ValueError):
+            parsed = (loads(text) if text.strip() else None) or {}
+            return parsed if isinstance(parsed, dict) else {"invalid_json": arguments}
+    return {"invalid_json": arguments}
+
+
+# What may be missing where JSON breaks off: in a string, before a value, in a key, a number, an escape, a word.
+_TAILS = ("", '"', "null", '":null', ":null", '"":null', "0", '\\"', '0000"', '000"', '00"', '0"')
+_TAILS += ("rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
+
+
+def completion(arguments: str) -> str:
+    """What makes arguments that broke off (`max_tokens`) an object that says `invalid_json`; empty where nothing does.
+
+    Clients read a tool call's fragments as they are: half an object would be an error there, or an empty one.
+    """
+    closers: list[str] = []
+    for mark in re.findall(r'"(?:[^"\\]|\\.)*"?|[{}\[\]]', arguments, re.DOTALL):
+        if mark in ("{", "["):
+            closers.append("}" if mark == "{" else "]")
+        elif mark in ("}", "]") and closers:
+            closers.pop()
+    if not closers or closers[0] != "}":
+        return ""
+    inner = "".join(reversed(closers[1:]))
+    for tail in _TAILS:
+        for comma in (",", ""):
+            suffix = f'{tail}{inner}{comma}"invalid_json":true}}'
+            with contextlib.suppress(ValueError):
+                loads(arguments + suffix)
+                return suffix
+    return ""
 
 
 # == Server-sent events ================================================================================================
@@ -1659,10 +1687,7 @@ class EventBuilder:
     def _complete(self, entry: _OpenBlock) -> bool:
         if not isinstance(entry.block, ToolUse):
             return isinstance(entry.block, (Text, ThinkingText)) and not isinstance(entry.key, tuple)
-        try:
-            return bool(self._arguments) and isinstance(loads("".join(self._arguments)), dict)
-        except ValueError:
-            return False
+        return self._whole_arguments()
 
     def _begin(self, entry: _OpenBlock) -> list[StreamEvent]:
         self.index += 1
@@ -1673,16 +1698,30 @@ class EventBuilder:
         return events
 
     def _end(self) -> list[StreamEvent]:
-        events: list[StreamEvent] = [ContentBlockStop(self.index)]
-        self._open = None
+        events = self._stop()
         while self._waiting:
             entry = self._waiting.pop(0)
             events += self._begin(entry)
             if not entry.closed and not (self._waiting and self._complete(entry)):
                 break
-            events.append(ContentBlockStop(self.index))
-            self._open = None
+            events += self._stop()
         return events
+
+    def _stop(self) -> list[StreamEvent]:
+        """The end of the open block. Arguments that broke off are closed; Anthropic's own stay as they came."""
+        events: list[StreamEvent] = [ContentBlockStop(self.index)]
+        tool = self._open is not None and isinstance(self._open.block, ToolUse)
+        if tool and self._arguments and self.provider != "anthropic" and not self._whole_arguments():
+            suffix = completion("".join(self._arguments))
+            events[:0] = [ContentBlockDelta(self.index, InputJSONDelta(suffix))] if suffix else []
+        self._open = None
+        return events
+
+    def _whole_arguments(self) -> bool:
+        try:
+            return isinstance(loads("".join(self._arguments)), dict)
+        except ValueError:
+            return False
 
     def _tool_id(self, id: Any) -> str:
         """The provider's id if every provider takes it and it is new, else one of ours."""

@@ -170,6 +170,7 @@ TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "num": ("a number", (int, float)),
     "bool": ("a boolean", (bool,)),
     "list": ("an array", (list,)),
+    "strs": ("an array of strings", (list,)),
     "dict": ("an object", (dict,)),
     "text": ("a string or an array", (str, list)),
     "any": ("a value", (object,)),
@@ -211,8 +212,30 @@ def faults(value: Json, spec: str) -> Iterator[Fault]:
 def fits(value: Any, kind: str, nullable: bool) -> bool:
     if value is None:
         return nullable or kind == "any"
-    wanted = TYPES[kind][1]
-    return isinstance(value, wanted) and not (isinstance(value, bool) and kind in ("int", "num"))
+    if kind == "strs" and isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, TYPES[kind][1]) and not (isinstance(value, bool) and kind in ("int", "num"))
+
+
+def malformed(schema: Any) -> bool:
+    """Whether a JSON Schema is none, as far as a provider would notice before it compiles it."""
+    if not isinstance(schema, dict):
+        return not isinstance(schema, bool)
+    kind, required, enum = schema.get("type", "object"), schema.get("required") or [], schema.get("enum", [None])
+    if (
+        not fits([kind] if isinstance(kind, str) else kind, "strs", False)
+        or not kind
+        or not fits(required, "strs", False)
+    ):
+        return True
+    groups = [schema[group] for group in ("anyOf", "oneOf", "allOf") if group in schema]
+    if not isinstance(enum, list) or not enum or any(not isinstance(group, list) or not group for group in groups):
+        return True
+    named = [schema.get(group, {}) for group in ("properties", "$defs", "definitions")]
+    if any(not isinstance(group, dict) for group in named):
+        return True
+    inner = [item for group in named for item in group.values()] + [item for group in groups for item in group]
+    return any(malformed(item) for item in (*inner, schema.get("items", {})))
 
 
 def open_objects(schema: Any, all_required: bool, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -689,7 +712,7 @@ def bearer(headers: Mapping[str, str]) -> str:
 
 ANTHROPIC_VERSIONS = ("2023-06-01", "2026-10-21")
 ANTHROPIC_BODY = (
-    "model:str! max_tokens:int! messages:list! system:text stop_sequences:list stream:bool tools:list tool_choice:dict "
+    "model:str! max_tokens:int! messages:list! system:text stop_sequences:strs stream:bool tools:list tool_choice:dict "
     "thinking:dict output_config:dict metadata:dict service_tier:str speed:str? cache_control:dict? container:any "
     "diagnostics:dict? inference_geo:str?"
 )
@@ -722,6 +745,7 @@ SERVER_RESULTS = ("web_search", "web_fetch", "code_execution", "bash_code_execut
 ANTHROPIC_BLOCKS |= {f"{name}_tool_result": SERVER_RESULT for name in (*SERVER_RESULTS, "tool_search", "advisor")}
 USER_BLOCKS = ("text", "image", "document", "search_result", "tool_result", "container_upload")
 MODEL_BLOCKS = tuple(kind for kind in ANTHROPIC_BLOCKS if kind not in ("image", "search_result", "tool_result"))
+BAD_SCHEMA = "JSON schema is invalid. It must match JSON Schema draft 2020-12."
 ANTHROPIC_SOURCES = {
     "base64": "type:str! media_type:str! data:str!",
     "url": "type:str! url:str!",
@@ -1015,7 +1039,7 @@ def anthropic_tools(call: Call) -> Iterator[Refusal]:
     names = []
     for i, tool in dicts(tools):
         kind = tool.get("type")
-        names.append(tool.get("name") or kind)
+        names.append(str(tool.get("name") or kind))
         if kind in (None, "custom"):
             yield from anthropic_tool(f"tools.{i}.custom", tool)
         elif not str(kind).startswith(tuple(ANTHROPIC_NATIVE)):
@@ -1045,6 +1069,8 @@ def anthropic_tool(path: str, tool: Json) -> Iterator[Refusal]:
     yield from anthropic_faults(path, tool, ANTHROPIC_TOOL)
     if not re.fullmatch(r"[a-zA-Z0-9_-]{1,128}", tool["name"]):
         yield Refusal(f"{path}.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'")
+    if malformed(tool["input_schema"]):
+        yield Refusal(f"{path}.input_schema: {BAD_SCHEMA}")
     if tool["input_schema"].get("type") != "object":
         yield Refusal(f"{path}.input_schema.type: Input should be 'object'")
     if tool.get("strict") and any(open_objects(tool["input_schema"], False)):
@@ -1114,6 +1140,8 @@ def anthropic_options(call: Call) -> Iterator[Refusal]:
         yield Refusal(f"output_config.effort: '{effort}' is not supported for this model.")
     form = sub(config, "format")
     yield from anthropic_faults("output_config.format", form, "type:str! schema:dict!" if form else "")
+    if form and malformed(form["schema"]):
+        yield Refusal(f"output_config.format.schema: {BAD_SCHEMA}")
     if any(open_objects(form.get("schema"), False)):
         yield Refusal(
             "output_config.format.schema: For 'object' type, 'additionalProperties' must be explicitly set to false"
@@ -1607,6 +1635,9 @@ def chat_options(body: Json) -> Iterator[Refusal]:
     if not body["messages"]:
         yield empty("messages")
     stop = body.get("stop")
+    if not (stop is None or isinstance(stop, str) or fits(stop, "strs", False)):
+        message = "Invalid type for 'stop': expected a string or an array of strings."
+        yield Refusal(message, param="stop", code="invalid_type")
     if isinstance(stop, list) and len(stop) > 4:
         yield Refusal(
             "Invalid 'stop': array too long. Expected an array with maximum length 4, but got an array with length "
@@ -1635,13 +1666,13 @@ def empty(key: str) -> Refusal:
 def chat_messages(provider: str, messages: list[Any]) -> Iterator[Refusal]:
     roles = CHAT_ROLES[provider]
     for i, message in enumerate(messages):
-        at, role = f"messages[{i}]", sub(message).get("role")
+        at, role = f"messages[{i}]", str(sub(message).get("role"))
         if role not in roles:
             supported = ", ".join(f"'{name}'" for name in roles)
             yield Refusal(
                 f"Invalid value: '{role}'. Supported values are: {supported}.", param=f"{at}.role", code="invalid_value"
             )
-        yield from chat_faults(provider, at, message, roles[str(role)])
+        yield from chat_faults(provider, at, message, roles[role])
         if role == "assistant" and all(message.get(key) is None for key in CHAT_SUBSTANCE):
             message_text = "Invalid value for 'content': expected a string, got null."
             yield Refusal(message_text, param=f"{at}.content")
@@ -1649,7 +1680,7 @@ def chat_messages(provider: str, messages: list[Any]) -> Iterator[Refusal]:
             if not message["content"]:
                 yield empty(f"{at}.content")
             for j, part in enumerate(message["content"]):
-                yield from chat_part(provider, f"{at}.content[{j}]", str(role), part)
+                yield from chat_part(provider, f"{at}.content[{j}]", role, part)
         yield from chat_calls(provider, at, message)
 
 
@@ -1772,6 +1803,8 @@ def function_rules(at: str, name: str, function: Json, all_required: bool) -> It
             param=f"{at}.name",
             code="invalid_value",
         )
+    if malformed(function.get("parameters") or {}):
+        yield Refusal(f"Invalid schema for function '{name}'.", f"{at}.parameters", "invalid_function_parameters")
     if function.get("strict"):
         yield from strict_rules(f"function '{name}'", f"{at}.parameters", function.get("parameters"), all_required)
 
@@ -1797,6 +1830,8 @@ def chat_format(provider: str, form: Json) -> Iterator[Refusal]:
         schema = form["json_schema"]
         at = "response_format.json_schema"
         yield from chat_faults(provider, at, schema, "name:str! description:str schema:dict strict:bool?")
+        if malformed(schema.get("schema") or {}):
+            yield Refusal(f"Invalid schema for response_format '{schema['name']}'.", param="response_format")
         if schema.get("strict"):
             what = f"response_format '{schema['name']}'"
             yield from strict_rules(what, "response_format", schema.get("schema"), provider != "cerebras")
@@ -2233,6 +2268,8 @@ def responses_options(call: Call) -> Iterator[Refusal]:
     if form.get("type") == "json_schema":
         spec = "type:str! name:str! schema:dict! strict:bool? description:str"
         yield from responses_faults("text.format", form, spec)
+        if malformed(form["schema"]):
+            yield Refusal(f"Invalid schema for response_format '{form['name']}'.", "text.format.schema")
         if form.get("strict"):
             yield from strict_rules(f"response_format '{form['name']}'", "text.format.schema", form["schema"], True)
 
@@ -2241,7 +2278,7 @@ def responses_items(items: list[Any]) -> Iterator[Refusal]:
     if not items:
         yield empty("input")
     for i, item in enumerate(items):
-        at, kind = f"input[{i}]", sub(item).get("type", "message")
+        at, kind = f"input[{i}]", str(sub(item).get("type", "message"))
         if kind in RESPONSES_OTHER_ITEMS:
             continue
         if kind not in RESPONSES_ITEMS:
@@ -2653,7 +2690,7 @@ GEMINI_PART = "text:str thought:bool thoughtSignature:str videoMetadata:dict med
 GEMINI_PART += " ".join(f"{key}:dict" for key in GEMINI_DATA if key != "text")
 VERTEX_REFUSES = ("toolCall", "toolResponse", "partMetadata")
 GEMINI_CONFIG = (
-    "temperature:num topP:num topK:num candidateCount:int maxOutputTokens:int stopSequences:list responseLogprobs:bool "
+    "temperature:num topP:num topK:num candidateCount:int maxOutputTokens:int stopSequences:strs responseLogprobs:bool "
     "logprobs:int presencePenalty:num frequencyPenalty:num seed:int responseMimeType:str responseSchema:dict "
     "responseJsonSchema:dict responseModalities:list mediaResolution:str speechConfig:dict thinkingConfig:dict "
     "imageConfig:dict enableEnhancedCivicAnswers:bool audioTranscriptionConfig:dict"
@@ -2869,6 +2906,8 @@ def gemini_function(at: str, function: Json) -> Iterator[Refusal]:
             "Must be alphameric (a-z, A-Z, 0-9), underscores (_), dots (.), colons (:), or dashes (-), with a maximum "
             "length of 128.\n"
         )
+    if any(malformed(function.get(key, {})) for key in ("parameters", "parametersJsonSchema")):
+        yield Refusal(f"* GenerateContentRequest.{at}.parameters: invalid schema\n")
     if "parameters" in function and "parametersJsonSchema" in function:
         yield Refusal(f"* GenerateContentRequest.{at}: only one of parameters and parameters_json_schema can be set\n")
 
@@ -2896,6 +2935,8 @@ def gemini_config(call: Call) -> Iterator[Refusal]:
         yield Refusal(
             "* GenerateContentRequest.generation_config.stop_sequences: at most 5 stop sequences are allowed\n"
         )
+    if any(malformed(config.get(key, {})) for key in ("responseSchema", "responseJsonSchema")):
+        yield Refusal("* GenerateContentRequest.generation_config.response_schema: invalid schema\n")
     schema = "responseSchema" in config or "responseJsonSchema" in config
     if "responseSchema" in config and "responseJsonSchema" in config:
         yield Refusal("Only one of response_schema and response_json_schema can be set.")

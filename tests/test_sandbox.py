@@ -16,7 +16,7 @@ import pytest
 
 from sandbox import Sandbox
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}, "unit": {"enum": ["C", "F"]}},
     "required": ["city", "days", "unit"],
@@ -58,7 +58,7 @@ def headers(provider: str, key: str = "any") -> dict[str, str]:
 def request(
     provider: str, text: str, /, stream: bool = False, model: str = "", **more: Any
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body of the plainest request that says this text; `more` goes into the body (the inner one for Google)."""
+    """Path and body of the plainest request that says this text; `more` goes into the body (Google's inner one)."""
     model = model or MODELS[provider]
     streaming = {"stream": True} if stream else {}
     messages = {"messages": [{"role": "user", "content": text}]}
@@ -167,7 +167,7 @@ async def test_stream_shapes(sandbox: Sandbox, http: Any) -> None:
 
     _, stream = await post(sandbox, http, "openai", *request("openai", "hi", stream=True))
     assert all("usage" not in event for event in stream[:-1])
-    options = {"stream_options": {"include_usage": True}}
+    options: Any = {"stream_options": {"include_usage": True}}
     _, stream = await post(sandbox, http, "openai", *request("openai", "hi", stream=True, **options))
     assert stream[-2]["choices"] == []
     assert stream[-2]["usage"]["total_tokens"] > 0
@@ -627,7 +627,7 @@ async def test_login(sandbox: Sandbox, http: Any) -> None:
             location = urllib.parse.urlsplit(response.headers["Location"])
         answer = dict(urllib.parse.parse_qsl(location.query))
         assert answer["state"] == "s"
-        return answer["code"]
+        return str(answer["code"])
 
     async def exchange(**form: str) -> tuple[int, Any]:
         async with http.post(f"{sandbox.oauth_url}/token", data={"client_id": "c", **form}) as response:
