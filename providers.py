@@ -1445,7 +1445,7 @@ def tool_input(arguments: str) -> JSON:
 
 
 # What may be missing where JSON breaks off: in a string, before a value, in a key, a number, an escape, a word.
-_TAILS = ("", '"', "null", '":null', ":null", '"":null', "0", '\\"', '0000"', '000"', '00"', '0"')
+_TAILS: tuple[str, ...] = ("", '"', "null", '":null', ":null", '"":null', "0", '\\"', '0000"', '000"', '00"', '0"')
 _TAILS += ("rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
 
 
