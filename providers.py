@@ -850,7 +850,7 @@ class MessageRequest(_Request):
     output: Output | None = None
     voice: JSON | None = None
     extensions: dict[str, JSON] = {}
-    provider_keys: Annotated[dict[str, str], Field(repr=False)] = {}
+    provider_keys: dict[str, str] = Field(default={}, repr=False)
 
     _body: JSON = PrivateAttr(default_factory=dict)
     _provider: str = PrivateAttr(default="")
@@ -4252,6 +4252,12 @@ class Upstream:
 GOOGLE_TOKEN_URL = "https://oauth2.googleapis.com/token"  # noqa: S105  (an address, no password)
 
 
+GOOGLE_AUTHORIZE_URL = "https://accounts.google.com/o/oauth2/v2/auth"
+GOOGLE_SCOPES = " ".join(
+    f"https://www.googleapis.com/auth/{name}" for name in ("cloud-platform", "userinfo.email", "userinfo.profile")
+)
+
+
 def token_request(url: str, **form: str) -> HTTPRequest:
     """POST to the token endpoint, form-encoded."""
     body = urlencode(form).encode("ascii")
@@ -4270,6 +4276,7 @@ class GoogleLogin:
     client_secret: str = field(default="", repr=False)
     project: str | None = None
     token_url: str = GOOGLE_TOKEN_URL
+    authorize_url: str = GOOGLE_AUTHORIZE_URL
     _saved: JSON | None = field(default=None, repr=False)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
@@ -4283,6 +4290,7 @@ class GoogleLogin:
             Secret(environ.get("GEMINI_OAUTH_CLIENT_SECRET", "").strip()),
             environ.get("GEMINI_OAUTH_PROJECT_ID", "").strip() or None,
             environ.get("GEMINI_OAUTH_TOKEN_URL", "").strip() or GOOGLE_TOKEN_URL,
+            environ.get("GEMINI_OAUTH_AUTHORIZE_URL", "").strip() or GOOGLE_AUTHORIZE_URL,
         )
 
     @property
@@ -4325,6 +4333,12 @@ class GoogleLogin:
             "client_id": self.client_id or str(saved.get("client_id") or ""),
             "client_secret": self.client_secret or str(saved.get("client_secret") or ""),
         }
+        fresh = saved | await self._token(transport, form)
+        await self._save(fresh)
+        return fresh
+
+    async def _token(self, transport: Transport, form: Mapping[str, str]) -> JSON:
+        """What the token endpoint grants, in the words of the credentials file."""
         async with await transport.send(token_request(self.token_url, **form), "gemini-oauth") as upstream:
             body = await upstream.read(1 << 20)
             if upstream.status != 200:
@@ -4332,11 +4346,41 @@ class GoogleLogin:
         with _unreadable("gemini-oauth"):
             answer = loads(body)
             expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
-            fresh = {**saved, "access_token": str(answer["access_token"]), "expiry_date": expiry}
-            if answer.get("refresh_token"):
-                fresh["refresh_token"] = str(answer["refresh_token"])
-        await self._save(fresh)
-        return fresh
+            kept = {name: str(answer[name]) for name in ("refresh_token", "scope", "token_type") if answer.get(name)}
+            return {"access_token": str(answer["access_token"]), "expiry_date": expiry} | kept
+
+    # -- logging in: PKCE (RFC 7636) with a redirect to this machine -------------------------------------------------
+
+    def consent_url(self, redirect_uri: str, state: str, verifier: str) -> str:
+        """Where a person says yes."""
+        challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode("ascii")).digest()).decode().rstrip("=")
+        query = {
+            "client_id": self.client_id,
+            "redirect_uri": redirect_uri,
+            "response_type": "code",
+            "scope": GOOGLE_SCOPES,
+            "state": state,
+            "code_challenge": challenge,
+            "code_challenge_method": "S256",
+            "access_type": "offline",
+            "prompt": "consent",
+        }
+        return f"{self.authorize_url}?{urlencode(query)}"
+
+    async def log_in(self, transport: Transport, base_url: str, code: str, redirect_uri: str, verifier: str) -> None:
+        """Turn the code of the redirect into a credentials file, with the project if it can be found out."""
+        form = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": redirect_uri,
+            "code_verifier": verifier,
+            "client_id": self.client_id,
+            "client_secret": self.client_secret,
+        }
+        saved = await self._token(transport, form)
+        await asyncio.to_thread(write_private, self.path, json.dumps(saved, indent=2))
+        self._saved = saved
+        await self.credential(transport, base_url)
 
     async def _save(self, saved: JSON) -> None:
         self._saved = saved

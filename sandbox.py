@@ -63,10 +63,12 @@ import secrets
 import signal
 import socket
 import struct
+import tempfile
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -235,7 +237,8 @@ def malformed(schema: Any) -> bool:
     if any(not isinstance(group, dict) for group in named):
         return True
     inner = [item for group in named for item in group.values()] + [item for group in groups for item in group]
-    return any(malformed(item) for item in (*inner, schema.get("items", {})))
+    inner += [schema["items"]] if "items" in schema else []
+    return any(malformed(item) for item in inner)
 
 
 def open_objects(schema: Any, all_required: bool, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -309,7 +312,6 @@ class Script:
 
 
 STEPS = ("say", "words", "think", "redacted", "tool", "search", "code", "image")
-SPOKEN = ("say", "words", "tool", "image")
 ENDINGS = ("error_in_stream", "break_off", "reset", "hang")
 DIRECTIVES = (*STEPS, *ENDINGS, "cite", "refuse", "stop", "error", "slow", "wait", "then")
 OPENING = re.compile(r"\[(" + "|".join(DIRECTIVES) + r")(?=[\s\]])")
@@ -406,7 +408,7 @@ def friendly(call: Call, text: str) -> str:
         return "The capital of France is Paris."
     plain = " ".join(text.split())
     greeting = f"You said: “{shorten(plain, 12)}”." if plain else "Hello!"
-    return f"{greeting} I am the sandbox, playing {call.model} as {call.provider} would answer: no key, no bill."
+    return f"{greeting} I am the sandbox, standing in for {call.model} at {call.provider}: no key, no bill."
 
 
 def shorten(text: str, words: int) -> str:
@@ -1138,7 +1140,7 @@ def anthropic_options(call: Call) -> Iterator[Refusal]:
         yield Refusal("This model does not support the effort parameter.")
     if (effort == "xhigh" and not since_47(model)) or (effort == "max" and not since_46(model)):
         yield Refusal(f"output_config.effort: '{effort}' is not supported for this model.")
-    form = sub(config, "format")
+    form = sub(config, "format") or sub(body, "output_format")
     yield from anthropic_faults("output_config.format", form, "type:str! schema:dict!" if form else "")
     if form and malformed(form["schema"]):
         yield Refusal(f"output_config.format.schema: {BAD_SCHEMA}")
@@ -2142,8 +2144,6 @@ def chat_deltas(provider: str, message: Json) -> Iterator[Json]:
         yield from ({key: piece} for piece in pieces(message.get(key) or ""))
     if message.get("executed_tools"):
         yield {"executed_tools": message["executed_tools"]}
-    if message.get("annotations"):
-        yield {"content": ""} if provider == "openai" else {"annotations": message["annotations"]}
     for i, call in enumerate(message.get("tool_calls", [])):
         if provider != "openai":
             yield {"tool_calls": [{"index": i, **call}]}
@@ -2727,6 +2727,11 @@ def camel(value: Any) -> Any:
     return {key: item if key in FREE_FORM else camel(item) for key, item in given.items() if item is not None}
 
 
+def standard(data: str) -> str:
+    """Base64 in the usual alphabet: the service takes both, and its own SDK sends the other."""
+    return data.translate(str.maketrans("-_", "+/"))
+
+
 def gemini_error(refusal: Refusal) -> Json:
     name = failure(refusal.status).google if refusal.code != "FAILED_PRECONDITION" else refusal.code
     error: Json = {"code": refusal.status, "message": refusal.message, "status": name}
@@ -2839,7 +2844,7 @@ def gemini_part(call: Call, at: str, part: Any, role: str) -> Iterator[Refusal]:
     kind = kinds[0]
     if spec := GEMINI_DATA[kind]:
         yield from gemini_faults(f"{at}.{kind}", part[kind], spec)
-    if kind == "inlineData" and not is_base64(part[kind]["data"]):
+    if kind == "inlineData" and not is_base64(standard(part[kind]["data"])):
         yield Refusal(f"Invalid value at '{at}.inline_data.data' (TYPE_BYTES), Base64 decoding failed", param=at)
     home = {"functionCall": "model", "functionResponse": "user"}.get(kind, role)
     if role != home:
@@ -2980,7 +2985,8 @@ def gemini_signatures(call: Call) -> Iterator[Refusal]:
     for content in contents:
         for _, part in dicts(content.get("parts")):
             signature = part.get("thoughtSignature")
-            if signature and signature not in ANY_SIGNATURE and opened(signature, call.provider, "thought") is None:
+            taken = signature is None or signature in ("", *ANY_SIGNATURE)
+            if not taken and opened(standard(str(signature)), call.provider, "thought") is None:
                 yield Refusal("Corrupted thought signature.")
     if gemini_version(call.model) < (3, 0):
         return
@@ -3672,6 +3678,7 @@ class Sandbox:
         self.url = ""
         self._arrival = asyncio.Event()
         self._runner: web.AppRunner | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the credentials of Code Assist
 
     @property
     def base_urls(self) -> dict[str, str]:
@@ -3686,7 +3693,14 @@ class Sandbox:
         names = {provider: provider.upper().replace("-", "_") for provider in PROVIDER_PATHS}
         urls = {f"VAI_{names[provider]}_BASE_URL": url for provider, url in self.base_urls.items()}
         keys = {f"{names[provider]}_API_KEY": f"sandbox-{provider}-key" for provider in KEYS}
-        return urls | keys | {"GEMINI_OAUTH_PROJECT_ID": "sandbox-project"}
+        login = {
+            "GEMINI_OAUTH_PROJECT_ID": "sandbox-project",
+            "GEMINI_OAUTH_AUTHORIZE_URL": f"{self.oauth_url}/authorize",
+            "GEMINI_OAUTH_TOKEN_URL": f"{self.oauth_url}/token",
+        }
+        if self._folder:
+            login["GEMINI_OAUTH_CREDENTIALS_PATH"] = str(Path(self._folder.name) / "gemini-oauth.json")
+        return urls | keys | login
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listens; port 0 takes a free one. Raises OSError if the port is taken."""
@@ -3698,6 +3712,7 @@ class Sandbox:
             await runner.cleanup()
             raise
         self._runner = runner
+        self._folder = login_folder()
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}"
 
     async def close(self) -> None:
@@ -3705,6 +3720,9 @@ class Sandbox:
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     async def __aenter__(self) -> Sandbox:
         await self.start()
@@ -3739,6 +3757,14 @@ class Sandbox:
         return Entry(self, record)
 
 
+def login_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder with credentials of Code Assist that do not expire."""
+    folder = tempfile.TemporaryDirectory(prefix="vai-sandbox-")
+    login = {"access_token": "sandbox-oauth-token", "refresh_token": "none", "expiry_date": 32503680000000}
+    (Path(folder.name) / "gemini-oauth.json").write_text(json.dumps(login))
+    return folder
+
+
 SANDBOX = web.AppKey("sandbox", Sandbox)
 
 
@@ -3749,7 +3775,7 @@ async def run(host: str, port: int) -> None:
     sandbox = Sandbox()
     await sandbox.start(host, port)
     lines = [f"export {name}={value}" for name, value in sandbox.environ.items()]
-    print("\n".join(lines), f"# listening on {sandbox.url}, Ctrl-C ends it", sep="\n", flush=True)  # noqa: T201
+    print("\n".join(lines), f"# listening on {sandbox.url}, Ctrl-C ends it", sep="\n", flush=True)
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

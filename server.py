@@ -67,7 +67,7 @@ class ServerSection(_Section):
 
 
 class KeyEntry(_Section):
-    key: Annotated[str, Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)]
+    key: str = Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
 
 
@@ -77,7 +77,7 @@ class AuthSection(_Section):
 
 
 class ProviderSection(_Section):
-    api_key: Annotated[str, Field(min_length=1, pattern=r"^[\x21-\x7e]+$", repr=False)] | None = None
+    api_key: str | None = Field(default=None, min_length=1, pattern=r"^[\x21-\x7e]+$", repr=False)
     base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$")] | None = None
 
 
@@ -390,6 +390,36 @@ def configure_logs(config: LogSection) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
+@dataclass(slots=True)
+class Exchange:
+    """One request, as the log will tell it."""
+
+    id: str
+    begun: float = field(default_factory=time.monotonic)
+    caller: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    usage: vai.Usage | None = None
+    error: Error | None = None
+    sent: int | None = None
+
+    @property
+    def milliseconds(self) -> int:
+        return int((time.monotonic() - self.begun) * 1000)
+
+    def fields(self, request: web.Request, status: int) -> JSON:
+        out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
+        out |= {"status": status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
+        if self.usage:
+            out |= {"input_tokens": self.usage.input_tokens, "output_tokens": self.usage.output_tokens}
+        if self.error:
+            out |= {"error": self.error.type, "code": self.error.code}
+        return {key: value for key, value in (out | {"bytes": self.sent}).items() if value is not None}
+
+
+EXCHANGE = web.RequestKey("exchange", Exchange)
+
+
 # == Errors and responses ==============================================================================================
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -529,13 +559,14 @@ class Gateway:
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         caller = self.callers.identify(request)
-        request["caller"] = caller.name
+        exchange = request[EXCHANGE]
+        exchange.caller = caller.name
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
         large = (request.content_length or 0) > 1 << 20
         headers = dict(request.headers)
         asked = await asyncio.to_thread(self.engine.parse, body, headers) if large else self.engine.parse(body, headers)
-        request["provider"], request["model"] = asked.provider, asked.model_name
+        exchange.provider, exchange.model = asked.provider, asked.model_name
         keys = provider_keys(request, caller, asked.provider)
         return await (self._stream if asked.stream else self._create)(request, asked, keys)
 
@@ -547,13 +578,13 @@ class Gateway:
 
     async def _create(self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]) -> web.Response:
         message = await self.engine.create(asked, keys)
-        usage = message.usage
-        request["usage"] = usage
+        exchange, usage = request[EXCHANGE], message.usage
+        exchange.usage = usage
         headers = {
             "X-Model": header_safe(message.model),
             "X-Input-Tokens": str(usage.input_tokens),
             "X-Output-Tokens": str(usage.output_tokens),
-            "X-Duration-Ms": str(int((time.monotonic() - request["begun"]) * 1000)),
+            "X-Duration-Ms": str(exchange.milliseconds),
             **dropped_header(message.dropped),
         }
         return json_response(message.to_wire(), headers=headers)
@@ -568,7 +599,7 @@ class Gateway:
         except Error as fault:
             if out.response is None:
                 raise
-            request["error"] = fault
+            request[EXCHANGE].error = fault
             await out.fail(fault)
         except asyncio.CancelledError:
             if not self.expired or out.response is None:
@@ -580,7 +611,7 @@ class Gateway:
             pinger.cancel()
             await asyncio.wait([pinger])
         await out.end()
-        request["sent"] = out.sent
+        request[EXCHANGE].sent = out.sent
         assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)
         return out.response
 
@@ -593,7 +624,7 @@ class Gateway:
             out.headers = {"X-Model": header_safe(stream.model), **dropped_header(stream.dropped)}
             async for events in stream:
                 await out.write(b"".join(map(sse_frame, events)))
-            request["usage"] = stream.usage
+            request[EXCHANGE].usage = stream.usage
             await out.end()
             await stream.finish()
         finally:
@@ -631,17 +662,18 @@ class Gateway:
         given = request.headers.get("X-Request-ID", "")
         id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(12)}"
         token = request_id.set(id)
-        request["id"], request["begun"] = id, time.monotonic()
+        exchange = request[EXCHANGE] = Exchange(id)
         status = 499  # what the log says of a caller that went away
         try:
             response = await self._answered(request, handler)
             status = response.status
             return response
         finally:
-            self._log(request, status)
+            access.info("request", extra={"fields": exchange.fields(request, status)})
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        allowed = ""
         try:
             if self.draining and request.path.startswith("/v1/"):
                 raise self._shutdown_error()
@@ -655,11 +687,11 @@ class Gateway:
         except Exception as raised:
             fault = error_of(raised, request.path)
             if isinstance(raised, web.HTTPMethodNotAllowed):
-                request["allow"] = raised.headers["Allow"]
-        request["error"] = fault
+                allowed = raised.headers["Allow"]
+        request[EXCHANGE].error = fault
         response = error_response(fault)
-        if "allow" in request:
-            response.headers["Allow"] = request["allow"]
+        if allowed:
+            response.headers["Allow"] = allowed
         if fault.code == "draining" or fault.status in (408, 413):
             response.force_close()
         return response
@@ -677,29 +709,11 @@ class Gateway:
             if not self.running:
                 self.idle.set()
 
-    def _log(self, request: web.Request, status: int) -> None:
-        fields: JSON = {
-            "request_id": request["id"],
-            "caller": request.get("caller"),
-            "method": request.method,
-            "path": request.path[:200],
-            "status": status,
-            "duration_ms": int((time.monotonic() - request["begun"]) * 1000),
-            "provider": request.get("provider"),
-            "model": request.get("model"),
-            "bytes": request.get("sent"),
-        }
-        if usage := request.get("usage"):
-            fields |= {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        if fault := request.get("error"):
-            fields |= {"error": fault.type, "code": fault.code}
-        access.info("request", extra={"fields": {key: value for key, value in fields.items() if value is not None}})
-
     async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every response; `request-id` is where Anthropic's SDKs look."""
         response.headers["Server"] = "vai"
-        if "id" in request:
-            response.headers["X-Request-ID"] = response.headers["request-id"] = request["id"]
+        if EXCHANGE in request:
+            response.headers["X-Request-ID"] = response.headers["request-id"] = request[EXCHANGE].id
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,13 @@
 Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
-    content helpers · what a caller may pass · engines (direct, gateway) · the asynchronous client · the synchronous one
+    content helpers · what a caller may pass · engines (direct, gateway) · the asynchronous client ·
+    the synchronous client · the command line
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import collections
@@ -24,8 +26,12 @@ import mimetypes
 import os
 import random
 import re
+import secrets
+import sys
 import threading
+import urllib.parse
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
@@ -834,6 +840,10 @@ class _Portal:
         self._thread: threading.Thread | None = None
 
     @property
+    def started(self) -> bool:
+        return self._loop is not None
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
@@ -865,9 +875,10 @@ class _Portal:
 class MessageStream:
     """`AsyncMessageStream` without `await`: events come over in batches, one for each read of the socket."""
 
-    def __init__(self, stream: AsyncMessageStream, portal: _Portal) -> None:
+    def __init__(self, client: Client, stream: AsyncMessageStream) -> None:
+        self._client = client  # which lives as long as its streams
+        self._portal = client._portal
         self._async = stream
-        self._portal = portal
         self._events: collections.deque[StreamEvent] = collections.deque()
         self._ended = False
 
@@ -926,28 +937,29 @@ class MessageStream:
 class SyncMessages:
     """`client.messages`."""
 
-    def __init__(self, messages: AsyncMessages, portal: _Portal) -> None:
-        self._async = messages
-        self._portal = portal
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
     def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
         """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
-        return self._portal.call(self._async.create(model=model, messages=messages, **fields))
+        client = self._client
+        return client._portal.call(client._async.messages.create(model=model, messages=messages, **fields))
 
     def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> MessageStream:
         """The answer as it comes; to be used with `with`."""
-        return MessageStream(self._async.stream(model=model, messages=messages, **fields), self._portal)
+        return MessageStream(
+            self._client, self._client._async.messages.stream(model=model, messages=messages, **fields)
+        )
 
 
 class SyncModels:
     """`client.models`."""
 
-    def __init__(self, models: AsyncModels, portal: _Portal) -> None:
-        self._async = models
-        self._portal = portal
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
     def list(self) -> Models:
-        return self._portal.call(self._async.list())
+        return self._client._portal.call(self._client._async.models.list())
 
 
 class Client:
@@ -974,8 +986,15 @@ class Client:
             max_retries=max_retries,
         )
         self._portal = _Portal()
-        self.messages = SyncMessages(self._async.messages, self._portal)
-        self.models = SyncModels(self._async.models, self._portal)
+        self._finalizer = weakref.finalize(self, _forgotten, self._async, self._portal)
+
+    @property
+    def messages(self) -> SyncMessages:
+        return SyncMessages(self)
+
+    @property
+    def models(self) -> SyncModels:
+        return SyncModels(self)
 
     def __enter__(self) -> Client:
         return self
@@ -987,15 +1006,156 @@ class Client:
         return repr(self._async).replace("AsyncClient", "Client")
 
     def close(self) -> None:
+        self._finalizer.detach()
         if not self._async._closed:
             self._portal.call(self._async.close())
             self._portal.stop()
 
-    def __del__(self) -> None:
-        portal = getattr(self, "_portal", None)
-        if portal is not None and portal._loop is not None and not self._async._closed:
-            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self)
+
+def _forgotten(client: AsyncClient, portal: _Portal) -> None:
+    """A client that nobody closed: at its end, or at the interpreter's, its connections and its thread go too."""
+    if portal.started and not client._closed:
+        warnings.warn("a vai.Client was not closed", ResourceWarning, stacklevel=2)
+        if threading.current_thread() is not portal._thread:
+            portal.call(client.close())
+            portal.stop()
+
+
+# == The command line ==================================================================================================
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`vai "prompt" -m MODEL` · `vai models` · `vai login gemini-oauth`.
+
+    Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"models": _models_command, "login": _login_command}
+    try:
+        if argv and argv[0] in commands:
+            commands[argv[0]](argv[1:])
+        else:
+            _prompt_command(argv)
+    except Error as fault:
+        print(f"vai: {fault}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prompt_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="vai",
+        description="Ask any model. A prompt on the command line, on standard input, or both.",
+        epilog="other commands: vai models · vai login gemini-oauth",
+    )
+    parser.add_argument("prompt", nargs="?", help="what to ask")
+    parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
+    parser.add_argument("-s", "--system", help="system prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print the whole message as JSON")
+    options = parser.parse_args(argv)
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    prompt = "\n\n".join(part for part in (options.prompt, piped.strip()) if part)
+    if not prompt:
+        parser.error("there is no prompt")
+    if not options.model:
+        parser.error("which model? -m provider/model, or set VAI_MODEL")
+    fields: RequestFields = {}
+    if options.system:
+        fields["system"] = options.system
+    if options.max_tokens:
+        fields["max_tokens"] = options.max_tokens
+    with _environment_client() as client:
+        if options.json:
+            message = client.messages.create(model=options.model, messages=prompt, **fields)
+            print(json.dumps(message.to_wire(), ensure_ascii=False, indent=2))
+            return
+        with client.messages.stream(model=options.model, messages=prompt, **fields) as stream:
+            for piece in stream.text:
+                print(piece, end="", flush=True)
+        print()
+
+
+def _models_command(argv: Sequence[str]) -> None:
+    argparse.ArgumentParser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
+    with _environment_client() as client:
+        listed = client.models.list()
+    for row in listed.providers:
+        able = ", ".join([*row.capabilities, *row.native_tools])
+        print(f"{row.id:13} {'ready ' if row.available else 'no key'}  {able}")
+    for name, model in listed.aliases.items():
+        print(f"{name:13} alias   {model}")
+
+
+def _environment_client() -> Client:
+    """Through the gateway that VAI_BASE_URL names, if any; else in process."""
+    return Client(base_url=os.environ.get("VAI_BASE_URL") or None, api_key=os.environ.get("VAI_API_KEY") or None)
+
+
+def _login_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vai login", description="Log in to Gemini Code Assist.")
+    parser.add_argument("provider", choices=["gemini-oauth"])
+    parser.parse_args(argv)
+    login = GoogleLogin.from_environ(os.environ)
+    if not login.client_id:
+        parser.error(
+            "set GEMINI_OAUTH_CLIENT_ID and GEMINI_OAUTH_CLIENT_SECRET: an OAuth client of your own organisation"
+        )
+    asyncio.run(_log_in(login))
+    print(f"Logged in; the credentials are in {login.path}")
+
+
+async def _log_in(login: GoogleLogin) -> None:
+    """Wait for the redirect, or for its URL to be pasted (over SSH the browser is elsewhere)."""
+    state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
+    answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with await asyncio.start_server(lambda r, w: _redirected(r, w, answered), "127.0.0.1", 0) as listener:
+        redirect_uri = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+        print(f"Open this page:\n\n  {login.consent_url(redirect_uri, state, verifier)}\n")
+        print("If the browser ends on a page that does not load, paste its address here.", flush=True)
+        _read_line(answered)
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(await answered).query)
+    if query.get("state") != [state] or not query.get("code"):
+        reason = query.get("error", ["the address holds no code, or one of another login"])[0]
+        raise AuthenticationError(f"the login did not succeed: {reason}", provider="gemini-oauth")
+    direct = Direct(keyless=True)
+    try:
+        await login.log_in(direct.transport, direct.base_urls["gemini-oauth"], query["code"][0], redirect_uri, verifier)
+    finally:
+        await direct.close()
+
+
+async def _redirected(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answered: asyncio.Future[str]
+) -> None:
+    target = (await reader.readline()).decode("latin-1").split(" ")
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nYou can close this page.\n")
+    await writer.drain()
+    writer.close()
+    if len(target) > 1 and "state=" in target[1] and not answered.done():
+        answered.set_result(target[1])
+
+
+def _read_line(answered: asyncio.Future[str]) -> None:
+    """A pasted address counts as the redirect. On a daemon thread: reading a terminal cannot be cancelled."""
+    loop = asyncio.get_running_loop()
+
+    def settle(line: str) -> None:
+        if not answered.done() and "state=" in line:
+            answered.set_result(line.strip())
+
+    def read() -> None:
+        for line in sys.stdin:
             with contextlib.suppress(RuntimeError):
-                asyncio.run_coroutine_threadsafe(self._async.close(), portal.loop).add_done_callback(
-                    lambda _: portal._loop and portal._loop.call_soon_threadsafe(portal._loop.stop)
-                )
+                loop.call_soon_threadsafe(settle, line)
+
+    threading.Thread(target=read, name="vai-login", daemon=True).start()
+
+
+if __name__ == "__main__":
+    import vai
+
+    vai.main()
