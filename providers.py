@@ -544,7 +544,9 @@ SERVER_TOOL = re.compile(r"[a-z][a-z0-9_]*_\d{8}|mcp_toolset")
 class _Request(BaseModel):
     """What the caller sends, strictly typed. Keys inside a block that vai does not know are for Anthropic to read."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True, defer_build=True
+    )
 
 
 def _text_or_blocks(value: Any) -> str:
@@ -828,7 +830,9 @@ class MessageRequest(_Request):
     Make one with `parse_request`, whose errors name the place.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True, defer_build=True
+    )
 
     model: str
     messages: Annotated[list[MessageParam], Field(min_length=1)]
@@ -1082,7 +1086,7 @@ FIXED_FIELDS = {"model", "messages", "input", "contents", "stream", "project", "
 class _Response(BaseModel):
     """What a provider answered, read leniently: unknown fields are kept."""
 
-    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True, defer_build=True)
 
     def to_wire(self) -> JSON:
         return self.model_dump(exclude_unset=True)
@@ -1389,7 +1393,7 @@ class Accumulator:
 
     def add(self, event: StreamEvent) -> None:
         if isinstance(event, MessageStart):
-            self.message = event.message.model_copy(deep=True)
+            self.message = event.message.model_copy(update={"content": []})
             return
         if self.message is None:
             return
@@ -1397,7 +1401,7 @@ class Accumulator:
             case ContentBlockDelta(delta=TextDelta(piece) | ThinkingDelta(piece) | InputJSONDelta(piece)):
                 self._pieces.append(piece)
             case ContentBlockStart(content_block=block):
-                self.message.content.append(block.model_copy(deep=True))
+                self.message.content.append(block.model_copy())
                 self._pieces = []
             case ContentBlockDelta(delta=delta):
                 self._add_rare(self.message.content[-1], delta)
@@ -2008,7 +2012,7 @@ class Adapter:
     def decode(self, body: Any, request: MessageRequest) -> Message:
         """The whole answer of a request without `stream`. Raises `ProviderError` for what is none."""
         decoder = self.decoder(request)
-        with _unreadable(self.id):
+        with _readable(self.id):
             message = accumulate([*decoder.feed_whole(body), *decoder.close()])
         if message is None:
             raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
@@ -2094,15 +2098,22 @@ def _merged(base: JSON, extra: Mapping[str, Any]) -> JSON:
     return out
 
 
+# What a provider's nonsense makes an adapter stumble over.
+_NONSENSE = (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, OverflowError)
+
+
+def unreadable(provider: str) -> ProviderError:
+    message = f"{provider} sent an answer that is not in its format"
+    return ProviderError(message, provider=provider, code="unreadable_answer")
+
+
 @contextlib.contextmanager
-def _unreadable(provider: str) -> Iterator[None]:
-    """Whatever a provider's nonsense makes an adapter stumble over is one clean error."""
+def _readable(provider: str) -> Iterator[None]:
+    """Nonsense inside is one clean error."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, OverflowError):
-        raise ProviderError(
-            f"{provider} sent an answer that is not in its format", provider=provider, code="unreadable_answer"
-        ) from None
+    except _NONSENSE:
+        raise unreadable(provider) from None
 
 
 def native_tools(request: MessageRequest) -> Iterator[tuple[str, JSON]]:
@@ -2143,8 +2154,10 @@ class StreamDecoder:
     def feed(self, sse: SSE) -> list[StreamEvent]:
         if self.build.ended:
             return []
-        with _unreadable(self.provider):
+        try:
             events = self.read(sse)
+        except _NONSENSE:
+            raise unreadable(self.provider) from None
         return self._cutter.feed(events) if self._cutter else events
 
     def feed_whole(self, body: Any) -> list[StreamEvent]:
@@ -2157,7 +2170,7 @@ class StreamDecoder:
     def close(self) -> list[StreamEvent]:
         if self.build.ended:
             return []
-        with _unreadable(self.provider):
+        with _readable(self.provider):
             events = self.end()
         return self._cutter.feed(events) if self._cutter else events
 
@@ -2328,7 +2341,7 @@ class Anthropic(Adapter):
 
     def decode(self, body: Any, request: MessageRequest) -> Message:
         """Already canonical but for the model's name and `total_tokens`; checked, not rebuilt."""
-        with _unreadable(self.id):
+        with _readable(self.id):
             if body.get("type") == "error" or body.get("error"):
                 raise stream_error(self.id, body.get("error"))
             blocks = [parse_block(block) for block in body["content"]]
@@ -3268,7 +3281,7 @@ class ResponsesDecoder(StreamDecoder):
         self._refused = False
 
     def feed_whole(self, body: Any) -> list[StreamEvent]:
-        with _unreadable(self.provider):
+        with _readable(self.provider):
             if isinstance(body.get("error"), dict) and "output" not in body:
                 raise stream_error(self.provider, body["error"])
             return super().feed_whole({"type": f"response.{body['status']}", "response": body})
@@ -4343,7 +4356,7 @@ class GoogleLogin:
             body = await upstream.read(1 << 20)
             if upstream.status != 200:
                 raise provider_error("gemini-oauth", 401, upstream.headers, body, keys=form.values(), own_key=False)
-        with _unreadable("gemini-oauth"):
+        with _readable("gemini-oauth"):
             answer = loads(body)
             expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
             kept = {name: str(answer[name]) for name in ("refresh_token", "scope", "token_type") if answer.get(name)}
@@ -4423,7 +4436,7 @@ class GoogleLogin:
                 raise provider_error(
                     "gemini-oauth", upstream.status, upstream.headers, answer, keys=[credential.key], own_key=False
                 )
-        with _unreadable("gemini-oauth"):
+        with _readable("gemini-oauth"):
             return dict(loads(answer))
 
 

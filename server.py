@@ -515,8 +515,13 @@ class EventWriter:
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
-            async with asyncio.timeout(self._timeout):
-                await self.response.write(frames)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self.response.write(frames)
+            except TimeoutError:
+                if self._request.transport:
+                    self._request.transport.abort()
+                raise ConnectionResetError("the caller does not read") from None
             self.sent += len(frames)
             self._last = time.monotonic()
 
@@ -596,10 +601,10 @@ class Gateway:
         pinger = asyncio.create_task(out.keep_alive())
         try:
             await self._copy(request, asked, keys, out)
-        except Error as fault:
-            if out.response is None:
+        except Exception as raised:
+            if out.response is None or isinstance(raised, ConnectionError):
                 raise
-            request[EXCHANGE].error = fault
+            request[EXCHANGE].error = fault = error_of(raised, request.path)
             await out.fail(fault)
         except asyncio.CancelledError:
             if not self.expired or out.response is None:
@@ -609,7 +614,7 @@ class Gateway:
             await out.fail(self._shutdown_error())
         finally:
             pinger.cancel()
-            await asyncio.wait([pinger])
+            await asyncio.gather(pinger, return_exceptions=True)
         await out.end()
         request[EXCHANGE].sent = out.sent
         assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)
@@ -684,6 +689,8 @@ class Gateway:
             if task := asyncio.current_task():
                 task.uncancel()
             fault = self._shutdown_error()
+        except ConnectionError:  # the caller went away
+            raise
         except Exception as raised:
             fault = error_of(raised, request.path)
             if isinstance(raised, web.HTTPMethodNotAllowed):
@@ -773,9 +780,18 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
 # == Main ==============================================================================================================
 
 
+def warm_up(engine: vai.Direct) -> None:
+    """Build what is built on first use, so that the first caller does not wait for it."""
+    body = {"model": "openai/warm-up", "messages": [{"role": "user", "content": "."}]}
+    answer = {"choices": [{"message": {"content": "."}, "finish_reason": "stop"}]}
+    PROVIDERS["openai"].decode(answer, engine.parse(body)).to_wire()
+
+
 async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:
     """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
-    app = make_app(config, make_engine(config, environ))
+    engine = make_engine(config, environ)
+    warm_up(engine)
+    app = make_app(config, engine)
     gateway = app[GATEWAY]
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1, keepalive_timeout=75)
     await runner.setup()

@@ -314,7 +314,7 @@ class EventStream:
         if not data:
             self._check_head()
             events += decoder.close()
-        elif self._head is not None and not events and len(self._head) < 64 << 10:
+        elif not decoder.build.started and len(self._head) < 64 << 10:
             self._head += data
 
     def _last_events(self) -> Iterator[Any]:
