@@ -234,7 +234,7 @@ class Error(Exception):
         """Whether the same request may succeed later. Spent quota does not come back by asking again."""
         if self.code in TERMINAL_CODES or isinstance(self, StreamTruncated):
             return False
-        return self.status in (408, 409, 429) or self.status >= 500
+        return self.status in (408, 409, 429) or self.status >= 500 or self.code == "conflict"
 
     def to_wire(self, request_id: str | None = None) -> JSON:
         """The error envelope: a JSON body, an SSE `error` event, a WebSocket message."""
@@ -361,6 +361,14 @@ STATUS_ERRORS: dict[int, type[Error]] = {
 }
 # Words for the same things, in `type`, `code` or `status` of an error inside a stream, where there is no HTTP status.
 WORD_STATUS: dict[str, int] = {
+    "model_not_found": 404,
+    "invalid_api_key": 401,
+    "wrong_api_key": 401,
+    "queue_exceeded": 429,
+    "request_quota_exceeded": 429,
+    "token_quota_exceeded": 429,
+    "tool_use_failed": 400,
+    "json_validate_failed": 400,
     "overloaded_error": 529,
     "UNAVAILABLE": 503,
     "rate_limit_error": 429,
@@ -399,6 +407,29 @@ def redact(text: str, keys: Iterable[str] = ()) -> str:
     return _KEY_SHAPES.sub("[redacted]", text)
 
 
+def redact_json(value: Any, keys: Iterable[str] = ()) -> Any:
+    """The same in every string of a JSON value."""
+    if isinstance(value, str):
+        return redact(value, keys)
+    if isinstance(value, dict):
+        return {redact(str(name), keys): redact_json(item, keys) for name, item in value.items()}
+    return [redact_json(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def for_caller(fault: Error, credential: Credential) -> Error:
+    """An error out of an answer, without the key that paid for it; a refusal of our own key is not the caller's."""
+    if fault.provider is None:
+        return fault
+    if isinstance(fault, (AuthenticationError, PermissionDeniedError)) and not credential.own:
+        ours = ProviderError(fault.message, code="provider_authentication", provider=fault.provider)
+        ours.provider_error = fault.provider_error
+        fault = ours
+    fault.message = redact(fault.message, [credential.key])
+    fault.provider_error = redact_json(fault.provider_error, [credential.key])
+    fault.args = (fault.message,)
+    return fault
+
+
 def _printable(text: str, limit: int = MAX_PROVIDER_ERROR) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", text[:limit]).strip()
 
@@ -417,29 +448,33 @@ def provider_error(
 
     `own_key` says that the caller brought the key, so that a refusal of it is the caller's to mend.
     """
-    text = redact(body[: 8 * MAX_PROVIDER_ERROR].decode("utf-8", "replace"), keys)
+    keys = list(keys)
+    text = body[: 8 * MAX_PROVIDER_ERROR].decode("utf-8", "replace")
     try:
-        parsed = loads(text)
+        parsed = redact_json(loads(text), keys)
     except ValueError:
         parsed = None
+    text = redact(text, keys)
     fault = _error_object(parsed)
     message = _message_of(fault, parsed)
     if not message:
         plain = "" if "<" in text[:200] else _printable(text, 500)
         message = f"{provider} answered with status {status}" + (f": {plain}" if plain else "")
-    retry_after = _retry_after(headers, now) or _retry_info(fault)
+    retry_after = _retry_after(headers, now)
+    if retry_after is None:
+        retry_after = _retry_info(fault)
     return _classified(provider, status, message, fault, retry_after, own_key)
 
 
 def stream_error(provider: str, fault: Any, *, own_key: bool = True) -> Error:
     """An error object that came with a 200: in a stream, or as the whole body."""
-    detail = fault if isinstance(fault, dict) else {"message": str(fault)}
-    words = [detail.get(name) for name in ("status_code", "code", "type", "status")]
-    numbers = (w for w in words if isinstance(w, int) and not isinstance(w, bool) and 400 <= w < 600)
-    known = (WORD_STATUS[w] for w in words if isinstance(w, str) and w in WORD_STATUS)
+    detail = fault if isinstance(fault, dict) else {"message": str(fault)} if fault else {}
+    words = [str(detail.get(name)) for name in ("status_code", "code", "type", "status")]
+    numbers = (int(word) for word in words if re.fullmatch(r"[45]\d\d", word))
+    known = (WORD_STATUS[word] for word in words if word in WORD_STATUS)
     status = next(numbers, None) or next(known, 502)
     message = redact(_message_of(detail, None) or f"{provider} reported an error")
-    return _classified(provider, status, message, detail, _retry_info(detail), own_key)
+    return _classified(provider, status, message, redact_json(detail), _retry_info(detail), own_key)
 
 
 def _error_object(parsed: Any) -> JSON:
@@ -473,6 +508,8 @@ def _classified(provider: str, status: int, message: str, fault: JSON, retry_aft
             code = "insufficient_quota"
     if status == 402:
         code = "billing"
+    elif status == 409:
+        code = "conflict"
     elif status in (401, 403) and not own_key:
         cls, code = ProviderError, "provider_authentication"
         message = f"{provider} refused the gateway's key: {message}"
@@ -537,7 +574,9 @@ NATIVE_TOOLS = ("web_search", "code_execution", "file_search", "computer_use", "
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]*")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}")
-SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|[a-z_]+_tool_result|container_upload|compaction|fallback")
+SERVER_BLOCK = re.compile(
+    r"server_tool_use|mcp_tool_use|[a-z_]+_tool_result|container_upload|tool_reference|browser_state|compaction|fallback"
+)
 SERVER_TOOL = re.compile(r"[a-z][a-z0-9_]*_\d{8}|mcp_toolset")
 
 
@@ -1056,8 +1095,10 @@ def _check_tools(request: MessageRequest) -> None:
                 raise InvalidRequestError(f"tools[{i}].name: an earlier tool has this name", param=f"tools[{i}].name")
             seen.add(tool.name)
     choice = request.tool_choice
+    native = {tool.type for tool in request.tools if isinstance(tool, NativeTool)}
     named = choice is not None and choice.type == "tool"
-    if choice and named and choice.name not in seen and not any(isinstance(t, ServerTool) for t in request.tools):
+    opaque = any(isinstance(tool, ServerTool) for tool in request.tools)
+    if choice and named and choice.name not in seen | native and not opaque:
         raise InvalidRequestError("tool_choice.name: no tool has this name", param="tool_choice.name")
     if request.forced_tool and not request.tools:
         raise InvalidRequestError("tool_choice: there are no tools to choose from", param="tool_choice")
@@ -1373,7 +1414,12 @@ _DELTAS: dict[str, type[TextDelta | InputJSONDelta | ThinkingDelta | SignatureDe
 
 def _delta_from_wire(delta: JSON) -> Delta:
     known = _DELTAS.get(delta["type"])
-    return known(delta[known.__slots__[0]]) if known else OtherDelta(delta)
+    if known is None:
+        return OtherDelta(delta)
+    value = delta[known.__slots__[0]]
+    if type(value) is not (dict if known is CitationsDelta else str):
+        raise ValueError("a delta of the wrong type")
+    return known(value)
 
 
 def accumulate(events: Iterable[StreamEvent]) -> Message | None:
@@ -1451,6 +1497,14 @@ def tool_input(arguments: str) -> JSON:
 # What may be missing where JSON breaks off: in a string, before a value, in a key, a number, an escape, a word.
 _TAILS: tuple[str, ...] = ("", '"', "null", '":null', ":null", '"":null', "0", '\\"', '0000"', '000"', '00"', '0"')
 _TAILS += ("rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
+
+
+def is_object(arguments: str) -> bool:
+    """Whether a tool call's arguments are a whole JSON object."""
+    try:
+        return isinstance(loads(arguments), dict)
+    except ValueError:
+        return False
 
 
 def completion(arguments: str) -> str:
@@ -1531,7 +1585,7 @@ class SSEDecoder:
         events: list[SSE] = []
         for line in lines:
             if not line:
-                if self._data:
+                if any(self._data):
                     data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
                     events.append(SSE(self._event, data.decode("utf-8", "replace")))
                 self._data, self._event = [], ""
@@ -1636,9 +1690,8 @@ class EventBuilder:
         self.called_tools = True
         events = self.open(key, ToolUse(type="tool_use", id=self._tool_id(id), name=name, input={}))
         if arguments is not None:
-            whole = tool_input(arguments)
-            text = arguments if "invalid_json" not in whole else dumps(whole).decode("ascii")
-            events += [*self.delta(key, InputJSONDelta(text)), *self.close(key)] if text.strip() else self.close(key)
+            text = arguments if is_object(arguments) else dumps(tool_input(arguments)).decode("ascii")
+            events += [*self.delta(key, InputJSONDelta(text)), *self.close(key)]
         return events
 
     def arguments(self, key: Any, fragment: str) -> list[StreamEvent]:
@@ -1722,10 +1775,7 @@ class EventBuilder:
         return events
 
     def _whole_arguments(self) -> bool:
-        try:
-            return isinstance(loads("".join(self._arguments)), dict)
-        except ValueError:
-            return False
+        return is_object("".join(self._arguments))
 
     def _tool_id(self, id: Any) -> str:
         """The provider's id if every provider takes it and it is new, else one of ours."""
@@ -1893,7 +1943,7 @@ def openai_traits(model: str) -> Traits:
     if version < (5, 6):
         efforts = ("none", "low", "medium", "high", *(("xhigh",) if version >= (5, 2) else ()))
         return dataclasses.replace(reasons, efforts=efforts, tools="unreasoned" if version >= (5, 4) else "yes")
-    if "astra" in rest or (version >= (6, 1) and "luna" not in rest):
+    if "astra" in rest or (version >= (6, 1) and "sol" in rest):
         efforts = ("low", "medium", "high", "xhigh", "max")
         return dataclasses.replace(reasons, efforts=efforts, sampling="no", tools="no")
     efforts = ("none", "low", "medium", "high", "xhigh", "max")
@@ -2003,6 +2053,15 @@ class Adapter:
 
     def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         """The provider's request. Fills `request.dropped`; raises `InvalidRequestError` (`unsupported_feature`)."""
+        try:
+            return self._encode(request, credential, base_url, max_tokens)
+        except ValueError:  # of `dumps`: a number that JSON does not have, which only a script can pass
+            param = _join(_nonfinite(request.body) or ())
+            raise InvalidRequestError("must be a finite number", param=param) from None
+        except RecursionError:
+            raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
+
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         raise NotImplementedError
 
     def decoder(self, request: MessageRequest) -> StreamDecoder:
@@ -2021,8 +2080,8 @@ class Adapter:
     def traits(self, model: str) -> Traits:
         return Traits()
 
-    def refused_field(self, fault: Error, request: MessageRequest) -> str | None:
-        """The advisory field that a 400 of the provider names, to be left out of a second try."""
+    def refused_field(self, fault: Error, request: MessageRequest, sent: HTTPRequest) -> str | None:
+        """The advisory field that a 400 of the provider names and that was sent, to be left out of a second try."""
         detail = fault.provider_error if isinstance(fault.provider_error, dict) else {}
         if not isinstance(fault, InvalidRequestError) or fault.provider is None:
             return None
@@ -2030,12 +2089,15 @@ class Adapter:
         if not named and _REFUSAL_WORDS.search(fault.message):
             found = re.findall(r"[A-Za-z_][A-Za-z_.]*", fault.message)
             named = [field for name, field in self.advisory.items() if name in found]
-        return next((field for field in named if field not in request.dropped), None)
+        told = {field for name, field in self.advisory.items() if b'"%b":' % name.split(".")[-1].encode() in sent.body}
+        return next((field for field in named if field in told and field not in request.dropped), None)
 
     # -- what encoders share ----------------------------------------------------------------------------------------
 
     def refuse(self, feature: str, capability: str, param: str | None = None) -> Error:
         have = [p.id for p in PROVIDERS.values() if capability in p.capabilities or capability in p.native_tools]
+        if not have and param == "tools":
+            have = ["anthropic"]  # a tool by Anthropic's own name
         return unsupported(feature, self.id, [id for id in have if id != self.id], param=param)
 
     def level(self, request: MessageRequest) -> str | None:
@@ -2072,21 +2134,20 @@ class Adapter:
 
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
-        blocks = (block for message in request.messages for block in message.blocks)
+        blocks = [block for message in request.messages for block in message.blocks]
+        inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
-        if any(getattr(item, "cache_control", None) for item in (*blocks, *system, *request.tools)):
+        if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
             request.drop("cache_control")
+        for tool, given in zip(request.tools, request.body.get("tools") or (), strict=True):
+            if isinstance(tool, FunctionTool):
+                request.drop(*(f"tools.{key}" for key in given.keys() - FunctionTool.model_fields.keys()))
         request.drop(*(request.model_extra or {}))
 
     def posted(self, request: MessageRequest, url: str, headers: Mapping[str, str], body: JSON) -> HTTPRequest:
         """The finished request, with the caller's `extensions` for this provider merged in."""
         extra = request.extensions.get(self.id) or {}
-        try:
-            raw = dumps(_merged(body, extra) if extra else body)
-        except ValueError:
-            raise InvalidRequestError("must be a finite number", param=_join(_nonfinite(request.body) or ())) from None
-        except RecursionError:
-            raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
+        raw = dumps(_merged(body, extra) if extra else body)
         return HTTPRequest(url, {"Content-Type": "application/json", **headers}, raw)
 
 
@@ -2227,19 +2288,36 @@ class StopCutter:
         return [ContentBlockDelta(index, TextDelta(free))] if free else []
 
 
+_SCHEMA_MAPS = ("properties", "$defs", "definitions", "patternProperties")  # name → schema
+_SCHEMA_DATA = ("enum", "const", "default", "examples", "required")  # no schema inside
+
+
+def _subschemas(schema: JSON) -> Iterator[tuple[str, Any]]:
+    """(key, value) of what holds schemas: a map's values stand for themselves."""
+    for key, value in schema.items():
+        if key in _SCHEMA_MAPS and isinstance(value, dict):
+            yield from ((key, item) for item in value.values())
+        elif key not in _SCHEMA_DATA and isinstance(value, (dict, list)):
+            yield key, value
+
+
+def _is_object_schema(schema: JSON) -> bool:
+    return schema.get("type") == "object" or isinstance(schema.get("properties"), dict)
+
+
 def closed_schema(schema: Any) -> Any:
     """A JSON schema whose objects say `additionalProperties: false`, as constrained decoding asks of every one."""
     if isinstance(schema, list):
         return [closed_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    out = {
-        key: value if key in ("enum", "const", "default", "examples") else closed_schema(value)
-        for key, value in schema.items()
-    }
-    if out.get("type") == "object" or isinstance(out.get("properties"), dict):
-        out.setdefault("additionalProperties", False)
-    return out
+    out: JSON = {}
+    for key, value in schema.items():
+        if key in _SCHEMA_MAPS and isinstance(value, dict):
+            out[key] = {name: closed_schema(item) for name, item in value.items()}
+        else:
+            out[key] = value if key in _SCHEMA_DATA else closed_schema(value)
+    return out | {"additionalProperties": out.get("additionalProperties", False)} if _is_object_schema(out) else out
 
 
 def is_strict(schema: Any) -> bool:
@@ -2248,12 +2326,13 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    if schema.get("type") == "object" or "properties" in schema:
-        if schema.get("additionalProperties") is not False:
+    if _is_object_schema(schema):
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if schema.get("additionalProperties") is not False or not isinstance(properties, dict):
             return False
-        if set(schema.get("properties") or ()) - set(schema.get("required") or ()):
+        if not isinstance(required, list) or any(name not in required for name in properties):
             return False
-    return all(is_strict(value) for key, value in schema.items() if key not in ("enum", "const", "default", "examples"))
+    return all(is_strict(value) for _, value in _subschemas(schema))
 
 
 # == Anthropic =========================================================================================================
@@ -2264,11 +2343,16 @@ def is_strict(schema: Any) -> bool:
 ANTHROPIC_VERSION = "2026-10-21"
 ANTHROPIC_SAMPLING_VERSION = "2023-06-01"
 ANTHROPIC_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")
-ANTHROPIC_NATIVE = {  # neutral name → (until Claude 4.5, since 4.6), name: WIRE types of the Messages API
-    "web_search": ("web_search_20250305", "web_search_20260318", "web_search"),
-    "code_execution": ("code_execution_20250825", "code_execution_20260521", "code_execution"),
-    "text_editor": ("text_editor_20250728", "text_editor_20250728", "str_replace_based_edit_tool"),
-    "computer_use": ("computer_20250124", "computer_toolset_20260801", "computer"),
+ANTHROPIC_NATIVE: dict[str, tuple[str, ...]] = {  # neutral name → its name; its type until Claude 4.5, 4.6, since 5
+    "web_search": ("web_search", "web_search_20250305", "web_search_20260318", "web_search_20260318"),
+    "code_execution": (
+        "code_execution",
+        "code_execution_20250825",
+        "code_execution_20260521",
+        "code_execution_20260521",
+    ),
+    "text_editor": ("str_replace_based_edit_tool", *("text_editor_20250728",) * 3),
+    "computer_use": ("computer", "computer_20250124", "computer_20251124", "computer_toolset_20260801"),
 }
 ANTHROPIC_OWN = {"output_format", "output", "voice", "extensions", "provider_keys", "temperature", "top_p", "top_k"}
 
@@ -2289,11 +2373,13 @@ class Anthropic(Adapter):
     def traits(self, model: str) -> Traits:
         return claude_traits(model)
 
-    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         traits = self.traits(request.model_name)
         if missing := {"image", "audio"} & request.modalities:
             raise self.refuse(f"{min(missing)} output", f"{min(missing)}_output", "output.modalities")
-        if request.messages[-1].role == "assistant" and not traits.prefill:
+        last = request.messages[-1]
+        paused = bool(last.blocks) and isinstance(last.blocks[-1], ServerBlock)  # a `pause_turn` goes on like this
+        if last.role == "assistant" and not traits.prefill and not paused:
             raise unsupported(
                 f"a last message of the assistant (prefill) with {request.model_name}", self.id, param="messages"
             )
@@ -2361,10 +2447,17 @@ class Anthropic(Adapter):
         if isinstance(tool, NativeTool):
             if tool.type not in ANTHROPIC_NATIVE:
                 raise self.refuse(f"the tool {tool.type}", tool.type, "tools")
-            old, new, name = ANTHROPIC_NATIVE[tool.type]
-            kind = old if (0, 0) < traits.generation < (4, 6) else new
+            name, *kinds = ANTHROPIC_NATIVE[tool.type]
+            age = traits.generation
+            kind = kinds[2] if age == (0, 0) or age >= (5, 0) else kinds[1] if age >= (4, 6) else kinds[0]
             named = {} if kind.startswith("computer_toolset") else {"name": name}
-            return {"type": kind, **named, **{k: v for k, v in tool.config.items() if k not in ("type", "name")}}
+            marked = {"cache_control": tool.cache_control} if tool.cache_control else {}
+            return {
+                "type": kind,
+                **named,
+                **{k: v for k, v in tool.config.items() if k not in ("type", "name")},
+                **marked,
+            }
         if isinstance(tool, FunctionTool) and given.get("type") == "function":
             return {**given, "type": "custom"}
         return given
@@ -2402,7 +2495,7 @@ class Anthropic(Adapter):
                 if not thinking or thinking.type != "adaptive":
                     request.drop("output_config.effort")
             elif traits.efforts:
-                strict = kind in ("disabled", "between_tools")
+                strict = kind in ("disabled", "between_tools") and traits.generation >= (5, 0)
                 config["effort"] = clamp_level(
                     effort, [e for e in traits.efforts if not strict or e not in ("xhigh", "max")]
                 )
@@ -2439,7 +2532,11 @@ class Anthropic(Adapter):
         return ",".join([*([given] if given else []), *needed])
 
 
-ANTHROPIC_BETAS = {"computer_20250124": "computer-use-2025-01-24"}
+ANTHROPIC_BETAS = {
+    "computer_20250124": "computer-use-2025-01-24",
+    "computer_20251124": "computer-use-2025-11-24",
+    "advisor_20260301": "advisor-tool-2026-03-01",
+}
 
 
 def anthropic_messages(request: MessageRequest) -> list[JSON]:
@@ -2500,7 +2597,7 @@ def _unthought_tool_loop(messages: Sequence[JSON]) -> bool:
 
 def anthropic_usage(usage: Any, before: Mapping[str, Any] | None = None) -> JSON:
     """Usage with `total_tokens`; in a stream the last value of each field counts."""
-    given = {key: value for key, value in (usage or {}).items() if value is not None}
+    given = {key: value for key, value in _as_dict(usage).items() if value is not None}
     parts = make_usage() | dict(before or {}) | given
     four = {
         name: count(parts.get(name))
@@ -2595,7 +2692,7 @@ class Chat(Adapter):
     def traits(self, model: str) -> Traits:
         return openai_traits(model)
 
-    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         traits = self.traits(request.model_name)
         body: JSON = {"model": request.model_name, "messages": chat_messages(request, self, traits.system_role)}
         if request.max_tokens is not None:
@@ -2691,6 +2788,12 @@ class Groq(Chat):
     def _native(self, request: MessageRequest, kind: str, config: JSON, body: JSON) -> list[JSON]:
         if kind not in self.native_tools:
             raise self.refuse(f"the tool {kind}", kind, "tools")
+        if self.traits(request.model_name).efforts is not None and not re.search(
+            "gpt-oss|compound", request.model_name
+        ):
+            raise unsupported(
+                f"the tool {kind} on {request.model_name}", self.id, ["groq/openai/gpt-oss-120b"], param="tools"
+            )
         request.drop(*(f"tools.{kind}.{name}" for name in config))
         if "compound" in request.model_name:
             enabled = body.setdefault("compound_custom", {"tools": {"enabled_tools": []}})["tools"]["enabled_tools"]
@@ -2727,34 +2830,70 @@ def chat_tool(tool: FunctionTool) -> JSON:
 
 
 def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> list[JSON]:
-    """The history, with media of tool results moved to the user message behind them: a tool message is only text."""
+    """The history as messages. Every call is answered before anything else is said, which this format insists on;
+    media of tool results stand in the user message behind them, for a tool message is only text.
+    """
     out: list[JSON] = [{"role": system_role, "content": request.system_text}] if request.system_text else []
-    media: list[JSON] = []  # of tool results, until a message comes that may hold it
+    unanswered: set[str] = set()
+    media: list[JSON] = []  # of tool results
+    held: list[JSON] = []  # what was said before the last result
     for message in request.messages:
-        if message.role == "user":
-            results = [block for block in message.blocks if isinstance(block, ToolResultBlock)]
-            for result in results:
-                text, more = _chat_result(result, adapter)
-                out.append({"role": "tool", "tool_call_id": portable_id(result.tool_use_id), "content": text})
-                media += more
-            rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
-            if parts := [part for block in rest for part in chat_parts(block, adapter)]:
-                out.append({"role": "user", "content": _chat_content([*media, *parts])})
-                media = []
+        if message.role == "assistant":
+            turn = _chat_assistant(message, adapter)
+            if turn is None:
+                continue
+            if not unanswered:
+                out += _chat_held(media, held)
+            unanswered |= {call["id"] for call in turn.get("tool_calls", ())}
+            if out and out[-1]["role"] == "assistant":
+                out[-1] = _chat_joined(out[-1], turn)
+            else:
+                out.append(turn)
             continue
-        if media:
-            out.append({"role": "user", "content": media})
-            media = []
-        if message.role == "system":
-            text = "\n\n".join(block.text for block in message.blocks if isinstance(block, TextBlock))
-            out += [{"role": system_role, "content": text}] if text else []
-        elif turn := _chat_assistant(message, adapter):
-            out.append(turn)
-    if media:
-        out.append({"role": "user", "content": media})
+        for block in message.blocks:
+            if isinstance(block, ToolResultBlock):
+                text, more = _chat_result(block, adapter)
+                id = portable_id(block.tool_use_id)
+                out.append({"role": "tool", "tool_call_id": id, "content": text})
+                unanswered.discard(id)
+                media += more
+        rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
+        if parts := [part for block in rest for part in chat_parts(block, adapter)]:
+            if message.role == "user":
+                held.append({"role": "user", "content": _chat_content(parts)})
+            else:
+                held.append({"role": system_role, "content": "\n\n".join(part["text"] for part in parts)})
+        if not unanswered:
+            out += _chat_held(media, held)
+    out += _chat_held(media, held)
     if not any(message["role"] != system_role for message in out):
         raise InvalidRequestError("messages: nothing but empty text", param="messages")
     return out
+
+
+def _chat_held(media: list[JSON], held: list[JSON]) -> list[JSON]:
+    """What waited for the tool results, which it empties: their media first, in the user message that follows."""
+    out = list(held)
+    if media and out and out[0]["role"] == "user":
+        content = out[0]["content"]
+        rest = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        out[0] = {"role": "user", "content": [*media, *rest]}
+    elif media:
+        out.insert(0, {"role": "user", "content": list(media)})
+    media.clear()
+    held.clear()
+    return out
+
+
+def _chat_joined(first: JSON, second: JSON) -> JSON:
+    """Two assistant messages as the one that this format has."""
+    joined = first | second
+    for key in ("content", "reasoning"):
+        if key in first and key in second:
+            joined[key] = first[key] + second[key]
+    if "tool_calls" in first and "tool_calls" in second:
+        joined["tool_calls"] = first["tool_calls"] + second["tool_calls"]
+    return joined
 
 
 def _chat_content(parts: list[JSON]) -> str | list[JSON]:
@@ -2805,22 +2944,30 @@ def marked_error(text: str, is_error: bool | None) -> str:
 def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
     """A block as user content: nothing for what has no form in history, an error for what is meant to be read."""
     match block:
+        case ServerBlock(type="container_upload"):
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
         case TextBlock(text=text):
             return [{"type": "text", "text": text}] if text else []
         case ImageBlock(source=Base64Source(data_url=url)):
             return [{"type": "image_url", "image_url": {"url": url}}]
         case ImageBlock(source=URLSource(url=url)) if adapter.image_urls:
             return [{"type": "image_url", "image_url": {"url": url}}]
+        case ImageBlock(source=FileSource()):
+            raise unsupported("an image by file id", adapter.id, ["anthropic", "oai-resp", "gemini"], param="messages")
         case ImageBlock():
-            raise adapter.refuse(f"an image by {block.source.type}", "vision", "messages")
+            others = [id for id, other in PROVIDERS.items() if "vision" in other.capabilities and id != adapter.id]
+            raise unsupported("an image by URL", adapter.id, others, param="messages")
         case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
             return [{"type": "text", "text": text}]
         case DocumentBlock(source=Base64Source(data_url=url)) if adapter.pdf:
             return [{"type": "file", "file": {"filename": block.filename, "file_data": url}}]
         case DocumentBlock(source=FileSource(file_id=id)) if adapter.pdf:
             return [{"type": "file", "file": {"file_id": id}}]
+        case DocumentBlock(source=URLSource()) if adapter.pdf:
+            others = ["anthropic", "oai-resp", "gemini", "gemini-oauth"]
+            raise unsupported("a document by URL", adapter.id, others, param="messages")
         case DocumentBlock():
-            raise adapter.refuse(f"a document by {block.source.type}", "documents", "messages")
+            raise adapter.refuse("a document", "documents", "messages")
         case AudioBlock(source=source):
             spoken = AUDIO_FORMATS.get(source.media_type.partition(";")[0].strip().lower())
             if not adapter.audio or not spoken:
@@ -2831,8 +2978,8 @@ def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
     return []
 
 
-def chat_usage(usage: Any) -> JSON:
-    prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
+def chat_usage(usage: JSON) -> JSON:
+    prompt, output = _as_dict(usage.get("prompt_tokens_details")), _as_dict(usage.get("completion_tokens_details"))
     return make_usage(
         usage.get("prompt_tokens"),
         usage.get("completion_tokens"),
@@ -2881,6 +3028,7 @@ class ChatDecoder(StreamDecoder):
         self._usage: JSON | None = None
         self._refused = False
         self._calls: dict[int, tuple[Any, Any]] = {}  # index → (key in the builder, the provider's id)
+        self._early: dict[int, tuple[Any, str]] = {}  # index → (id, arguments) of a call whose name is still to come
         self._audio: list[bytes] = []
         self._transcript = ""
 
@@ -2898,8 +3046,9 @@ class ChatDecoder(StreamDecoder):
         extra = chunk.get("x_groq") or {}
         if extra.get("error"):
             raise stream_error(self.provider, extra["error"])
-        if usage := chunk.get("usage") or extra.get("usage"):
-            self._usage = chat_usage(usage)
+        usage = chunk.get("usage") or extra.get("usage")
+        if usage:
+            self._usage = chat_usage(_as_dict(usage))
         events: list[StreamEvent] = []
         for choice in chunk.get("choices") or ():
             if choice.get("index"):
@@ -2907,8 +3056,10 @@ class ChatDecoder(StreamDecoder):
             events += self.build.start(chunk.get("id"), chunk.get("model") or self.request.model_name)
             events += self._delta(choice.get("delta") or choice.get("message") or {})
             if reason := choice.get("finish_reason"):
-                self._stop_reason = CHAT_STOP_REASONS.get(reason, "end_turn")
-        if self._stop_reason and self._usage and chunk.get("object") == "chat.completion.chunk":
+                self._stop_reason = CHAT_STOP_REASONS.get(reason) or self._unknown_stop(reason)
+            elif "message" in choice and self.build.index >= 0:  # a whole answer of a server that gives no reason
+                self._stop_reason = "end_turn"
+        if self._stop_reason and usage and chunk.get("object") == "chat.completion.chunk":
             events += self.end()
         return events
 
@@ -2932,7 +3083,7 @@ class ChatDecoder(StreamDecoder):
             events += self._executed(executed)
         if text:
             events += self._close_thinking() + build.text(joined_text(text))
-        if refusal := delta.get("refusal"):
+        if refusal := joined_text(delta.get("refusal")):
             self._refused = True
             events += self._close_thinking() + build.text(refusal)
         for note in delta.get("annotations") or ():
@@ -2946,26 +3097,34 @@ class ChatDecoder(StreamDecoder):
             self._transcript += audio.get("transcript") or ""
         return events
 
+    def _unknown_stop(self, reason: Any) -> str:
+        if self.build.index < 0:
+            message = f"{self.provider} gave no answer: {_printable(str(reason), 60)}"
+            raise ProviderError(message, provider=self.provider, code=_printable(str(reason), 60))
+        return "end_turn"
+
     def _close_thinking(self) -> list[StreamEvent]:
         return self.build.state({"text": 1}) if self.build.is_open("thinking") else []
 
     def _call(self, position: int, call: JSON) -> list[StreamEvent]:
         """A fragment of a tool call: id and name once, arguments in pieces keyed by index, or all of it at once."""
         index, function = call.get("index", position), call.get("function") or {}
-        name, arguments = function.get("name"), function.get("arguments")
+        name, arguments = function.get("name"), function.get("arguments") or ""
+        if isinstance(arguments, dict):  # some local servers
+            arguments = dumps(arguments).decode("ascii")
         key, id = self._calls.get(index, (None, None))
-        if key is None or (name and call.get("id") and call["id"] != id):
-            key = ("call", index, len(self._calls), call.get("id"))
-            self._calls[index] = (key, call.get("id"))
-            if isinstance(arguments, dict):  # some local servers
-                arguments = dumps(arguments).decode("ascii")
-            whole = arguments if self._is_whole(arguments) else None
-            events = self.build.tool_use(key, call.get("id"), name or "", whole)
-            return events if whole is not None else events + self.build.arguments(key, arguments or "")
-        return self.build.arguments(key, arguments or "")
-
-    def _is_whole(self, arguments: str | None) -> bool:
-        return self.provider in ("groq", "cerebras") and bool(arguments)
+        if key is not None and not (name and call.get("id") and call["id"] != id):
+            return self.build.arguments(key, arguments)
+        early_id, early = self._early.pop(index, (None, ""))
+        id, arguments = call.get("id") or early_id, early + arguments
+        if not name:  # it may still come
+            self._early[index] = (id, arguments)
+            return []
+        key = ("call", index, len(self._calls), id)
+        self._calls[index] = (key, id)
+        if is_object(arguments):
+            return self.build.tool_use(key, id, name, arguments)
+        return self.build.tool_use(key, id, name) + self.build.arguments(key, arguments)
 
     def _executed(self, tools: Iterable[JSON]) -> list[StreamEvent]:
         """Groq's own tools: what ran, and what came of it."""
@@ -3049,7 +3208,7 @@ class Responses(Adapter):
     def traits(self, model: str) -> Traits:
         return openai_traits(model)
 
-    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         traits = self.traits(request.model_name)
         body: JSON = {"model": request.model_name, "input": response_items(request, self), "store": False}
         if request.system_text:
@@ -3238,6 +3397,8 @@ def _response_output(block: ToolResultBlock, kinds: Mapping[str, str], adapter: 
 
 def response_parts(block: Block, adapter: Adapter) -> list[JSON]:
     match block:
+        case ServerBlock(type="container_upload"):
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
         case TextBlock(text=text):
             return [{"type": "input_text", "text": text}] if text else []
         case ImageBlock(source=Base64Source(data_url=url) | URLSource(url=url)):
@@ -3259,8 +3420,8 @@ def response_parts(block: Block, adapter: Adapter) -> list[JSON]:
 
 
 def responses_usage(usage: Any) -> JSON:
-    usage = usage or {}
-    given, output = usage.get("input_tokens_details") or {}, usage.get("output_tokens_details") or {}
+    usage = _as_dict(usage)
+    given, output = _as_dict(usage.get("input_tokens_details")), _as_dict(usage.get("output_tokens_details"))
     return make_usage(
         usage.get("input_tokens"),
         usage.get("output_tokens"),
@@ -3515,7 +3676,7 @@ class Gemini(Adapter):
     def traits(self, model: str) -> Traits:
         return gemini_traits(model)
 
-    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         url = f"{base_url}/models/{quote(request.model_name, safe='')}:{self._method(request)}"
         return self.posted(request, url, {"x-goog-api-key": credential.key}, self._body(request))
 
@@ -3631,7 +3792,7 @@ class Gemini(Adapter):
 class GeminiOAuth(Gemini):
     """POST {base}:generateContent in Code Assist's envelope (google-gemini/gemini-cli, code_assist/converter.ts)."""
 
-    def encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
+    def _encode(self, request: MessageRequest, credential: Credential, base_url: str, max_tokens: int) -> HTTPRequest:
         inner = self._body(request)
         inner = _merged(inner, request.extensions.get(self.id) or {})
         body: JSON = {"model": request.model_name, "request": inner}
@@ -3740,6 +3901,8 @@ def _gemini_result(block: ToolResultBlock, names: Mapping[str, str], adapter: Ad
 
 def gemini_parts(block: Block, adapter: Adapter) -> list[JSON]:
     match block:
+        case ServerBlock(type="container_upload"):
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
         case TextBlock(text=text):
             return [{"text": text}] if text else []
         case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
@@ -3810,7 +3973,7 @@ class GeminiDecoder(StreamDecoder):
         feedback, candidates = chunk.get("promptFeedback") or {}, chunk.get("candidates") or ()
         self._blocked = self._blocked or bool(feedback.get("blockReason"))
         if usage := chunk.get("usageMetadata"):
-            self._usage = gemini_usage(usage)
+            self._usage = gemini_usage(_as_dict(usage))
         events: list[StreamEvent] = []
         if candidates or self._blocked:
             events = self.build.start(

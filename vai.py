@@ -251,10 +251,17 @@ class EventStream:
     """
 
     def __init__(
-        self, upstream: Upstream, decoder: StreamDecoder, dropped: list[str], request_id: str | None = None
+        self,
+        upstream: Upstream,
+        decoder: StreamDecoder,
+        dropped: list[str],
+        *,
+        credential: Credential | None = None,
+        request_id: str | None = None,
     ) -> None:
         self.dropped = dropped
         self.request_id = request_id
+        self._credential = credential
         self._upstream = upstream
         self._decoder = decoder
         self._sse = SSEDecoder()
@@ -287,9 +294,7 @@ class EventStream:
             try:
                 await self._read(events)
             except Error as fault:
-                if not events:
-                    raise
-                self._fault = fault
+                self._fault = providers.for_caller(fault, self._credential) if self._credential else fault
             if events:
                 return events
         return []
@@ -406,22 +411,22 @@ class Direct:
 
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         adapter = PROVIDERS[request.provider]
-        async with await self._send(adapter, request, keys or {}) as upstream:
+        upstream, credential = await self._send(adapter, request, keys or {})
+        async with upstream:
             raw = await upstream.read()
         try:
-            body = providers.loads(raw.decode("utf-8-sig", "replace"))
+            message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
         except ValueError:
-            raise ProviderError(
-                f"{adapter.id} sent an answer that is not JSON", provider=adapter.id, code="unreadable_answer"
-            ) from None
-        message = adapter.decode(body, request)
+            raise providers.unreadable(adapter.id) from None
+        except Error as fault:
+            raise providers.for_caller(fault, credential) from None
         message._dropped = list(request.dropped)
         return message
 
     async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         adapter = PROVIDERS[request.provider]
-        upstream = await self._send(adapter, request, keys or {})
-        stream = EventStream(upstream, adapter.decoder(request), request.dropped)
+        upstream, credential = await self._send(adapter, request, keys or {})
+        stream = EventStream(upstream, adapter.decoder(request), request.dropped, credential=credential)
         try:
             await stream.start()
         except BaseException:
@@ -465,20 +470,25 @@ class Direct:
         message = f"no key for {adapter.id}: set {where}, or bring one as provider_keys.{adapter.id}"
         raise AuthenticationError(message, provider=adapter.id, code="no_provider_key")
 
-    async def _send(self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str]) -> Upstream:
-        """The provider's 200. Without a refused advisory field, or with a fresh token, a request is repeated once."""
+    async def _send(
+        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str]
+    ) -> tuple[Upstream, Credential]:
+        """The provider's 200, and whose key got it.
+
+        A request is repeated once without an advisory field that was refused, and once with a fresh token.
+        """
         refused: str | None = None
         for _ in range(3):
             credential = await self.credential(adapter, request, keys, refused)
             sent = adapter.encode(request, credential, self.base_urls[adapter.id], self.max_tokens)
             upstream = await self.transport.send(sent, adapter.id)
             if upstream.status == 200:
-                return upstream
+                return upstream, credential
             fault = await self._fault(upstream, adapter, credential)
             stale = upstream.status == 401 and adapter.id == "gemini-oauth" and not credential.own
             if stale and refused is None and self._logs_in:
                 refused = credential.key
-            elif (name := adapter.refused_field(fault, request)) and not request._retried:
+            elif (name := adapter.refused_field(fault, request, sent)) and not request._retried:
                 request._retried = True
                 request.drop(name)
             else:
@@ -567,7 +577,7 @@ class Gateway:
         upstream = await self._send("POST", "/v1/messages", request, keys)
         decoder = GatewayDecoder()
         dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
-        stream = EventStream(upstream, decoder, dropped, upstream.headers.get("X-Request-ID"))
+        stream = EventStream(upstream, decoder, dropped, request_id=upstream.headers.get("X-Request-ID"))
         try:
             await stream.start()
         except BaseException:
