@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, cast
 from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
@@ -1413,13 +1413,13 @@ _DELTAS: dict[str, type[TextDelta | InputJSONDelta | ThinkingDelta | SignatureDe
 
 
 def _delta_from_wire(delta: JSON) -> Delta:
-    known = _DELTAS.get(delta["type"])
+    known: Any = _DELTAS.get(delta["type"])
     if known is None:
         return OtherDelta(delta)
     value = delta[known.__slots__[0]]
     if type(value) is not (dict if known is CitationsDelta else str):
         raise ValueError("a delta of the wrong type")
-    return known(value)
+    return cast(Delta, known(value))
 
 
 def accumulate(events: Iterable[StreamEvent]) -> Message | None:
