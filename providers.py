@@ -193,6 +193,14 @@ def _join(path: Iterable[str | int]) -> str:
     return out
 
 
+def _as_dict(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 # == Errors ============================================================================================================
 
 
@@ -362,6 +370,24 @@ STATUS_ERRORS: dict[int, type[Error]] = {
 # Words for the same things, in `type`, `code` or `status` of an error inside a stream, where there is no HTTP status.
 WORD_STATUS: dict[str, int] = {
     "model_not_found": 404,
+    "server_is_overloaded": 503,
+    "slow_down": 503,
+    "content_policy_violation": 400,
+    "bio_policy": 400,
+    "misalignment_policy_violation": 400,
+    "invalid_image": 400,
+    "invalid_image_format": 400,
+    "invalid_image_url": 400,
+    "invalid_base64_image": 400,
+    "image_too_large": 400,
+    "image_too_small": 400,
+    "image_parse_error": 400,
+    "image_content_policy_violation": 400,
+    "image_file_not_found": 400,
+    "image_file_too_large": 400,
+    "empty_image_file": 400,
+    "unsupported_image_media_type": 400,
+    "failed_to_download_image": 400,
     "invalid_api_key": 401,
     "wrong_api_key": 401,
     "queue_exceeded": 429,
@@ -456,13 +482,14 @@ def provider_error(
         parsed = None
     text = redact(text, keys)
     fault = _error_object(parsed)
-    message = _message_of(fault, parsed)
+    inside = _error_inside(fault.get("message"))
+    message = _message_of(inside or fault, parsed)
     if not message:
         plain = "" if "<" in text[:200] else _printable(text, 500)
         message = f"{provider} answered with status {status}" + (f": {plain}" if plain else "")
     retry_after = _retry_after(headers, now)
     if retry_after is None:
-        retry_after = _retry_info(fault)
+        retry_after = _retry_info(inside or fault)
     return _classified(provider, status, message, fault, retry_after, own_key)
 
 
@@ -489,8 +516,18 @@ def _error_object(parsed: Any) -> JSON:
     return {**parsed, "message": inner} if isinstance(inner, str) else parsed
 
 
+def _error_inside(message: Any) -> JSON:
+    """Code Assist puts Google's error object into the message, as a string with stray commas and spaces."""
+    if not isinstance(message, str) or "{" not in message[:20]:
+        return {}
+    try:
+        return _as_dict(_as_dict(loads(re.sub(r",\s*,", ",", message.replace("\xa0", " ")))).get("error"))
+    except ValueError:
+        return {}
+
+
 def _message_of(fault: JSON, parsed: Any) -> str:
-    found = [fault.get(name) for name in ("message", "error_description", "detail")]
+    found = [fault.get(name) for name in ("error_description", "message", "detail")]
     if isinstance(parsed, dict):
         found += [parsed.get("message"), parsed.get("detail")]
     if isinstance(parsed, str):
@@ -575,7 +612,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]*")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,40}")
 SERVER_BLOCK = re.compile(
-    r"server_tool_use|mcp_tool_use|[a-z_]+_tool_result|container_upload|tool_reference|browser_state|compaction|fallback"
+    r"server_tool_use|mcp_tool_use|[a-z0-9_]+_tool_result|container_upload|tool_reference|browser_state|compaction|fallback"
 )
 SERVER_TOOL = re.compile(r"[a-z][a-z0-9_]*_\d{8}|mcp_toolset")
 
@@ -927,7 +964,14 @@ class MessageRequest(_Request):
         return self._dropped
 
     def drop(self, *fields: str) -> None:
+        """Leave a field out, and say so. `signature` stands for all reasoning carried over from earlier turns."""
         self._dropped += [name for name in fields if name not in self._dropped]
+        if "signature" in fields:
+            for message, given in zip(self.messages, self._body["messages"], strict=True):
+                if isinstance(message.content, list):
+                    kept = [not isinstance(block, (ThinkingBlock, RedactedThinkingBlock)) for block in message.content]
+                    message.content = list(itertools.compress(message.content, kept))
+                    given["content"] = list(itertools.compress(given["content"], kept))
 
     @property
     def system_text(self) -> str:
@@ -969,8 +1013,19 @@ class MessageRequest(_Request):
         return self.tool_choice is not None and self.tool_choice.type in ("any", "tool")
 
     @property
+    def chosen_function(self) -> bool:
+        """Whether one function tool must be called; a native one has no name to be chosen by."""
+        choice = self.tool_choice
+        return choice is not None and choice.type == "tool" and any(choice.name == t.name for t in self.functions)
+
+    @property
     def serial_tools(self) -> bool:
         return self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
+
+    @property
+    def thinks_back(self) -> bool:
+        """Whether the history carries reasoning."""
+        return any(isinstance(b, (ThinkingBlock, RedactedThinkingBlock)) for m in self.messages for b in m.blocks)
 
     @property
     def tool_names(self) -> dict[str, str]:
@@ -999,6 +1054,7 @@ def parse_request(
     except RecursionError:
         raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
     request._body = {key: value for key, value in given.items() if key != "provider_keys"}
+    request._body["messages"] = [dict(message) for message in given["messages"]]
     request._headers = dict(headers or {})
     request._provider, request._name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
     _check_messages(request)
@@ -1668,14 +1724,14 @@ class EventBuilder:
     # -- blocks -----------------------------------------------------------------------------------------------------
 
     def text(self, text: str, key: Any = "text") -> list[StreamEvent]:
-        if not text:
+        if not _is_text(text):
             return []
         if self._open and self._open.key == key:
             return [ContentBlockDelta(self.index, TextDelta(text))]
         return [*self._ensure(key, Text(type="text", text="")), *self.delta(key, TextDelta(text))]
 
     def thinking(self, text: str, key: Any = "thinking") -> list[StreamEvent]:
-        if not text:
+        if not _is_text(text):
             return []
         block = ThinkingText(type="thinking", thinking="", signature="")
         return [*self._ensure(key, block), *self.delta(key, ThinkingDelta(text))]
@@ -1695,7 +1751,7 @@ class EventBuilder:
         return events
 
     def arguments(self, key: Any, fragment: str) -> list[StreamEvent]:
-        return self.delta(key, InputJSONDelta(fragment)) if fragment else []
+        return self.delta(key, InputJSONDelta(fragment)) if _is_text(fragment) else []
 
     def whole(self, block: JSON) -> list[StreamEvent]:
         """A block that needs no deltas: an image, a server tool's result."""
@@ -1786,6 +1842,13 @@ class EventBuilder:
 
 
 INVENTED_ID = "toolu_vai_"
+
+
+def _is_text(piece: Any) -> bool:
+    """Whether there is something to write. Raises `TypeError` for what is no text at all."""
+    if type(piece) is not str:
+        raise TypeError("a piece of text that is none")
+    return piece != ""
 
 
 def parse_block(block: JSON) -> ContentBlock:
@@ -2027,8 +2090,12 @@ class Credential:
     key: Secret
     own: bool = True
     project: str | None = None  # gemini-oauth: the Code Assist project
+    renewable: bool = False  # a token that can be refreshed
 
 
+_SIGNATURE_REFUSED = re.compile(
+    r"(?i)invalid signature in thinking|(corrupt|invalid)\w* thought.?signature|encrypted content.*could not be"
+)
 _REFUSAL_WORDS = re.compile(
     r"(?i)unsupported|not supported|does not support|not permitted|not allowed|unknown|unrecognized|deprecated|rejected"
 )
@@ -2082,9 +2149,11 @@ class Adapter:
 
     def refused_field(self, fault: Error, request: MessageRequest, sent: HTTPRequest) -> str | None:
         """The advisory field that a 400 of the provider names and that was sent, to be left out of a second try."""
-        detail = fault.provider_error if isinstance(fault.provider_error, dict) else {}
+        detail = _as_dict(fault.provider_error)
         if not isinstance(fault, InvalidRequestError) or fault.provider is None:
             return None
+        if _SIGNATURE_REFUSED.search(fault.message) and request.thinks_back and "signature" not in request.dropped:
+            return "signature"
         named = [field for name, field in self.advisory.items() if detail.get("param") == name]
         if not named and _REFUSAL_WORDS.search(fault.message):
             found = re.findall(r"[A-Za-z_][A-Za-z_.]*", fault.message)
@@ -2217,9 +2286,9 @@ class StreamDecoder:
             return []
         try:
             events = self.read(sse)
+            return self._cutter.feed(events) if self._cutter else events
         except _NONSENSE:
             raise unreadable(self.provider) from None
-        return self._cutter.feed(events) if self._cutter else events
 
     def feed_whole(self, body: Any) -> list[StreamEvent]:
         """A whole answer, as if it had come in one event."""
@@ -2233,7 +2302,7 @@ class StreamDecoder:
             return []
         with _readable(self.provider):
             events = self.end()
-        return self._cutter.feed(events) if self._cutter else events
+            return self._cutter.feed(events) if self._cutter else events
 
     def read(self, sse: SSE) -> list[StreamEvent]:
         return self.chunk(loads(sse.data))
@@ -2532,6 +2601,7 @@ class Anthropic(Adapter):
         return ",".join([*([given] if given else []), *needed])
 
 
+ANTHROPIC_CITATIONS = {"char_location", "page_location", "content_block_location", "search_result_location"}
 ANTHROPIC_BETAS = {
     "computer_20250124": "computer-use-2025-01-24",
     "computer_20251124": "computer-use-2025-11-24",
@@ -2565,6 +2635,10 @@ def _anthropic_block(role: str, block: Block, given: JSON) -> JSON | None:
     match block:
         case TextBlock(text=text) if not text.strip():
             return None
+        case TextBlock() if role == "assistant" and given.get("citations"):
+            kept = [cited for cited in given["citations"] if _anthropic_citation(cited)]
+            rest = {key: value for key, value in given.items() if key != "citations"}
+            return given if kept == given["citations"] else rest | ({"citations": kept} if kept else {})
         case ThinkingBlock(signature=signature):
             return given if signed_by(signature) == "anthropic" else None
         case ServerBlock():
@@ -2580,6 +2654,14 @@ def _anthropic_block(role: str, block: Block, given: JSON) -> JSON | None:
         case ToolResultBlock(tool_use_id=id) if not ANTHROPIC_ID.fullmatch(id):
             return {**given, "tool_use_id": portable_id(id)}
     return given
+
+
+def _anthropic_citation(cited: Any) -> bool:
+    """Whether a citation is Claude's own: another provider's lacks what Claude would check."""
+    kind = cited.get("type") if isinstance(cited, dict) else None
+    if kind == "web_search_result_location":
+        return bool(cited.get("encrypted_index"))
+    return kind in ANTHROPIC_CITATIONS
 
 
 def _unthought_tool_loop(messages: Sequence[JSON]) -> bool:
@@ -2663,7 +2745,7 @@ CHAT_STOP_REASONS = {
     "function_call": "tool_use",
     "content_filter": "refusal",
 }
-CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none"}
+CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}  # tool: a native one
 AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
 
 
@@ -2727,7 +2809,7 @@ class Chat(Adapter):
         body["tools"] = tools
         if choice := request.tool_choice:
             named = {"type": "function", "function": {"name": choice.name}}
-            body["tool_choice"] = named if choice.type == "tool" else CHAT_TOOL_CHOICE[choice.type]
+            body["tool_choice"] = named if request.chosen_function else CHAT_TOOL_CHOICE[choice.type]
             if choice.disable_parallel_tool_use and "tool_choice.disable_parallel_tool_use" not in request.dropped:
                 body["parallel_tool_calls"] = False
 
@@ -3179,10 +3261,21 @@ RESPONSES_NATIVE: dict[str, JSON] = {
     "computer_use": {"type": "computer"},
     "image_generation": {"type": "image_generation"},
 }
+RESPONSES_CONTENT = tuple(f"response.{name}" for name in ("output_", "content_", "reasoning_", "function_", "refusal."))
 RESPONSES_INCLUDE = {
     "web_search": "web_search_call.action.sources",
     "code_execution": "code_interpreter_call.outputs",
     "file_search": "file_search_call.results",
+}
+RESPONSES_NATIVE_CONFIG = {
+    "web_search": ("allowed_domains", "filters", "user_location", "search_context_size", "external_web_access"),
+    "code_execution": ("container", "file_ids", "memory_limit"),
+    "file_search": ("vector_store_ids", "max_num_results", "filters", "ranking_options"),
+    "computer_use": (),
+    "image_generation": (
+        *("model", "size", "quality", "background", "output_format", "output_compression", "partial_images", "action"),
+        *("moderation", "input_fidelity", "input_image_mask"),
+    ),
 }
 RESPONSES_NATIVE_NAMES = {
     "web_search_call": "web_search",
@@ -3264,35 +3357,35 @@ class Responses(Adapter):
             body["include"] = include
         if choice := request.tool_choice:
             named = {"type": "function", "name": choice.name}
-            body["tool_choice"] = named if choice.type == "tool" else CHAT_TOOL_CHOICE[choice.type]
+            body["tool_choice"] = named if request.chosen_function else CHAT_TOOL_CHOICE[choice.type]
             if choice.disable_parallel_tool_use and "tool_choice.disable_parallel_tool_use" not in request.dropped:
                 body["parallel_tool_calls"] = False
 
 
 def response_native_tool(request: MessageRequest, kind: str, config: JSON) -> JSON:
-    """A neutral tool with its configuration in OpenAI's words."""
-    tool, rest = dict(RESPONSES_NATIVE[kind]), dict(config)
-    if kind == "web_search":
-        if domains := rest.pop("allowed_domains", None):
-            tool["filters"] = {"allowed_domains": domains}
-        for name in ("max_uses", "blocked_domains"):
-            if rest.pop(name, None) is not None:
-                request.drop(f"tools.web_search.{name}")
-    elif kind == "computer_use":
-        request.drop(*(f"tools.computer_use.{name}" for name in rest))
-        rest = {}
-    elif kind == "file_search" and not rest.get("vector_store_ids"):
+    """A neutral tool with its configuration in OpenAI's words; what has no place there is reported."""
+    tool = dict(RESPONSES_NATIVE[kind])
+    known = RESPONSES_NATIVE_CONFIG[kind]
+    request.drop(*(f"tools.{kind}.{name}" for name in config if name not in known))
+    given = {name: config[name] for name in known if name in config}
+    if "allowed_domains" in given:
+        tool["filters"] = {"allowed_domains": given.pop("allowed_domains")}
+    if kind == "code_execution" and not isinstance(given.get("container"), str):
+        loose = {name: given.pop(name) for name in ("file_ids", "memory_limit") if name in given}
+        given["container"] = tool["container"] | _as_dict(given.get("container")) | loose
+    if kind == "file_search" and not given.get("vector_store_ids"):
         raise InvalidRequestError("file_search needs config.vector_store_ids on oai-resp", param="tools")
-    return tool | rest
+    return tool | given
 
 
 def response_items(request: MessageRequest, adapter: Adapter) -> list[JSON]:
     """The history as input items, in the order in which they were said."""
     out: list[JSON] = []
     kinds: dict[str, str] = {}  # call id → type of the item that called
+    reasons = adapter.traits(request.model_name).efforts != ()
     for message in request.messages:
         if message.role == "assistant":
-            out += _response_turn(message, kinds)
+            out += [item for item in _response_turn(message, kinds) if reasons or item.get("type") != "reasoning"]
             continue
         role = "developer" if message.role == "system" else "user"
         for block in message.blocks:
@@ -3326,6 +3419,7 @@ def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
                 continue
             case TextBlock(text=text) if text:
                 items.append({"role": "assistant", "content": text} | following)
+                continue  # a phase is that of the whole message
             case AudioBlock(transcript=str(text)) if text and not spoken:
                 items.append({"role": "assistant", "content": text})
             case ToolUseBlock() if block.id not in kinds:
@@ -3345,13 +3439,10 @@ def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
             ):
                 items[-1].setdefault("result", data)
         following = {}
+    items = [item for item in items if item.get("type") != "image_generation_call" or "result" in item]
     while items and items[-1].get("type") == "reasoning":
         items.pop()
-    return [item for item in items if item.get("type") != "image_generation_call" or "result" in item]
-
-
-def _as_dict(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
+    return items
 
 
 def _replayed(state: JSON, text: str) -> JSON | None:
@@ -3360,16 +3451,14 @@ def _replayed(state: JSON, text: str) -> JSON | None:
         return None
     if kind == "reasoning":
         lengths = state.get("parts")
-        item["summary"] = [
-            {"type": "summary_text", "text": part}
-            for part in _split(text, lengths if isinstance(lengths, list) else [])
-        ]
+        parts = _split(text, lengths) if isinstance(lengths, list) else [text] if text else []
+        item["summary"] = [{"type": "summary_text", "text": part} for part in parts]
     return item
 
 
 def _split(text: str, lengths: list[Any]) -> list[str]:
-    """The parts of a summary, which were joined by blank lines for the eye."""
-    if not text:
+    """The parts of a summary, which were joined by blank lines for the eye; none for raw reasoning."""
+    if not lengths:
         return []
     parts, at = [], 0
     for length in lengths:
@@ -3448,12 +3537,15 @@ class ResponsesDecoder(StreamDecoder):
             return super().feed_whole({"type": f"response.{body['status']}", "response": body})
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
+        if not self.build.started and chunk["type"].startswith(RESPONSES_CONTENT):
+            return self._start({}) + self.chunk(chunk)
         index = chunk.get("output_index", 0)
         match chunk["type"]:
             case "response.output_text.delta":
                 return self._text((index, chunk.get("content_index", 0)), chunk["delta"])
             case "response.function_call_arguments.delta":
-                self._streamed.add((index, "call"))
+                if self.build.is_open((index, "call")):
+                    self._streamed.add((index, "call"))
                 return self.build.arguments((index, "call"), chunk["delta"])
             case "response.reasoning_summary_text.delta" | "response.reasoning_text.delta":
                 return self._thinking(index, chunk)
@@ -3552,9 +3644,11 @@ class ResponsesDecoder(StreamDecoder):
 
     def _replayable(self, index: int, item: JSON, **more: Any) -> list[StreamEvent]:
         kept = REPLAYED_KEYS.get(item["type"])
-        whole = {"type": item["type"]} | {
-            k: v for k, v in item.items() if (k in kept if kept else k != "type") and v is not None
-        }
+        fields = {key: item[key] for key in item if (key in kept if kept else key != "type")}
+        whole = {"type": item["type"]} | {k: v for k, v in fields.items() if v is not None or k == "outputs"}
+        if sources := _as_dict(whole.get("action")).get("sources"):
+            urls = [source for source in sources if source.get("type") == "url"]
+            whole["action"] = whole["action"] | {"sources": urls}
         return self.build.state({"item": whole} | more, (index, "reasoning"))
 
     def _message(self, index: int, item: JSON) -> list[StreamEvent]:
@@ -3585,9 +3679,8 @@ class ResponsesDecoder(StreamDecoder):
         events = [] if key in self._streamed else self.build.thinking("\n\n".join(parts or raw), key)
         if not item.get("encrypted_content"):  # cannot be replayed without being stored
             return events + self.build.close(key)
-        return events + self._replayable(
-            index, item, **({"parts": [len(part) for part in parts]} if len(parts) > 1 else {})
-        )
+        lengths = [len(part) for part in parts]
+        return events + self._replayable(index, item, **({} if len(lengths) == 1 else {"parts": lengths}))
 
     def _image(self, index: int, item: JSON) -> list[StreamEvent]:
         if not item.get("result"):
@@ -3617,7 +3710,7 @@ def _native_result(kind: str, item: JSON) -> Any:
     """What a native call found, in Anthropic's shape; None where the item does not say."""
     if kind == "web_search_call":
         sources = _as_dict(item.get("action")).get("sources")
-        return None if sources is None else [web_result(source.get("url"), source.get("title")) for source in sources]
+        return None if sources is None else [web_result(s.get("url"), s.get("title")) for s in sources if s.get("url")]
     if kind == "code_interpreter_call" and item.get("outputs") is not None:
         logs = "".join(output.get("logs") or "" for output in item["outputs"])
         return execution_result(logs)
@@ -3730,19 +3823,25 @@ class Gemini(Adapter):
             )
         if not tools:
             return
-        body["tools"] = tools
         setup: JSON = {}
         if declared and len(tools) > 1:
             if not self.server_tools_beside_functions or (0, 0) < traits.generation < (3, 0):
                 raise unsupported(f"native tools beside function tools on {request.model_name}", self.id, param="tools")
             setup["includeServerSideToolInvocations"] = True
-        if (choice := request.tool_choice) and declared:
+        choice = request.tool_choice
+        if choice and choice.type == "none":
+            tools[:] = tools[:1] if declared else []
+        if choice and not declared and choice.type in ("any", "tool"):
+            request.drop("tool_choice")
+        if choice and declared:
             mode: JSON = {"mode": {"auto": "AUTO", "none": "NONE"}.get(choice.type, "ANY")}
-            if choice.type == "tool":
+            if request.chosen_function:
                 mode["allowedFunctionNames"] = [gemini_name(choice.name or "")]
             setup["functionCallingConfig"] = mode
         if request.serial_tools:
             request.drop("tool_choice.disable_parallel_tool_use")
+        if tools:
+            body["tools"] = tools
         if setup:
             body["toolConfig"] = setup
 
@@ -3757,7 +3856,11 @@ class Gemini(Adapter):
         if "audio" in wanted and output.audio and output.audio.voice:
             config["speechConfig"] = {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": output.audio.voice}}}
         if output.image and output.image.size and output.image.size != "auto":
-            config["imageConfig"] = {"aspectRatio": _aspect_ratio(output.image.size)}
+            side = max(map(int, output.image.size.split("x")))
+            large = {"imageSize": "4K" if side > 3000 else "2K"} if side > 1600 else {}
+            config["imageConfig"] = {"aspectRatio": _aspect_ratio(output.image.size)} | large
+        if output.image and output.image.quality:
+            request.drop("output.image.quality")
         return config
 
     def _thinking(self, request: MessageRequest, traits: Traits) -> JSON:
@@ -3861,12 +3964,16 @@ def _gemini_turn(message: MessageParam, adapter: Adapter, modern: bool) -> list[
     spoken = any(isinstance(block, TextBlock) and block.text for block in message.blocks)
     for block in message.blocks:
         match block:
-            case ThinkingBlock(signature=signature):
+            case ThinkingBlock(signature=signature, thinking=text):
                 state = carried(signature, adapter.id)
                 following = {k: v for k, v in _as_dict(state.get("next")).items() if k == "thoughtSignature"}
+                own_tool = {"toolCall", "toolResponse"} & _as_dict(state.get("part")).keys()
                 if isinstance(state.get("prev"), dict):
                     parts.append({"text": "", "thoughtSignature": state["prev"].get("thoughtSignature", "")})
-                elif isinstance(state.get("part"), dict):
+                elif isinstance(state.get("thought"), dict):
+                    shown = {"text": text, "thought": True} if adapter.id == "gemini" else {"text": ""}
+                    parts.append(shown | {"thoughtSignature": state["thought"].get("thoughtSignature", "")})
+                elif isinstance(state.get("part"), dict) and (adapter.id == "gemini" or not own_tool):
                     parts.append(state["part"])
                 continue
             case TextBlock(text=text) if text:
@@ -3955,6 +4062,8 @@ class GeminiDecoder(StreamDecoder):
         self._text = ""
         self._grounding: JSON = {}
         self._last_id = ""
+        self._late: JSON | None = None  # a signature that came after its text: citations of the text come later still
+        self._chunks = self._text_chunk = 0
         self._call: _PartialCall | None = None
         self._names = {gemini_name(tool.name): tool.name for tool in request.functions}
 
@@ -3962,14 +4071,25 @@ class GeminiDecoder(StreamDecoder):
     def ending(self) -> bool:
         return bool(self._finish)
 
+    def read(self, sse: SSE) -> list[StreamEvent]:
+        """Each `data` line is a whole response, also where the blank lines between them are missing."""
+        try:
+            chunks = [loads(sse.data)]
+        except ValueError:
+            chunks = [loads(line) for line in sse.data.split("\n")]
+        return [event for chunk in chunks for event in self.chunk(chunk)]
+
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         if isinstance(chunk, list):
             return [event for item in chunk for event in self.chunk(item)]
         if chunk.get("error"):
             raise stream_error(self.provider, chunk["error"])
-        trace, chunk = chunk.get("traceId"), chunk.get("response", chunk)
-        if chunk.get("error"):
-            raise stream_error(self.provider, chunk["error"])
+        trace = chunk.get("traceId")
+        if "response" in chunk:  # Code Assist's envelope
+            chunk = chunk["response"] or {}
+            if chunk.get("error"):
+                raise stream_error(self.provider, chunk["error"])
+        self._chunks += 1
         feedback, candidates = chunk.get("promptFeedback") or {}, chunk.get("candidates") or ()
         self._blocked = self._blocked or bool(feedback.get("blockReason"))
         if usage := chunk.get("usageMetadata"):
@@ -4000,39 +4120,53 @@ class GeminiDecoder(StreamDecoder):
                 message = f"{self.provider} gave no answer: {_printable(self._finish, 60)}"
                 raise ProviderError(message, provider=self.provider, code=_printable(self._finish, 60))
             reason = "end_turn"
-        return events + self._grounded() + self.build.finish(reason, self._usage)
+        return [
+            *events,
+            *self._citations(),
+            *self._end_text(),
+            *self._searched(),
+            *self.build.finish(reason, self._usage),
+        ]
 
     def _part(self, part: JSON) -> list[StreamEvent]:
         signed = {"thoughtSignature": part["thoughtSignature"]} if part.get("thoughtSignature") else None
-        if "functionCall" in part:
-            return self._function_call(part["functionCall"], signed)
+        before = self._end_text()
+        if call := part.get("functionCall"):
+            return before + self._function_call(call, signed)
         if part.get("thought"):
-            return self.build.thinking(part.get("text") or "")
-        if "text" in part:
-            return self._spoken(part["text"] or "", signed)
-        if media := part.get("inlineData"):
+            events = before + self.build.thinking(part.get("text") or "")
+            return events + self.build.state({"thought": signed}) if signed else events
+        if "text" in part or part.keys() == {"thoughtSignature"}:
+            return before + self._spoken(part.get("text") or "", signed)
+        if media := part.get("inlineData") or part.get("fileData"):
             self._usable = True
             kind = "audio" if str(media.get("mimeType")).startswith("audio/") else "image"
             source = {"type": "base64", "media_type": media.get("mimeType"), "data": media.get("data")}
+            if "fileUri" in media:
+                source = {"type": "url", "url": media["fileUri"]}
             spoken = {"transcript": ""} if kind == "audio" else {}
-            return self._before(signed) + self.build.whole({"type": kind, "source": source} | spoken)
-        return self._native(part)
+            return before + self._before(signed) + self.build.whole({"type": kind, "source": source} | spoken)
+        return before + self._native(part)
 
     def _before(self, signed: JSON | None) -> list[StreamEvent]:
         return self.build.state({"next": signed}) if signed else []
 
+    def _end_text(self) -> list[StreamEvent]:
+        """What came after the text and belongs to it."""
+        late, self._late = self._late, None
+        return self.build.state({"prev": late}) if late else []
+
     def _spoken(self, text: str, signed: JSON | None) -> list[StreamEvent]:
-        """A signature on the first piece of text stands before it; one that comes later, after."""
-        if not self.build.is_open("text"):
+        """Text. A signature on a part of its own stands before it; one that ends a text that came in pieces, after."""
+        events: list[StreamEvent] = []
+        apart = bool(text and signed) and self._text_chunk == self._chunks  # beside an unsigned part, not the end of it
+        if not self.build.is_open("text") or apart:
             self._text = ""
-            if text and signed:
-                before, signed = self._before(signed), None
-                self._text, self._usable = text, True
-                return before + self.build.text(text)
-        self._text += text
+            if text:
+                events, signed = self._before(signed), None
+        self._late, self._text, self._text_chunk = signed, self._text + text, self._chunks
         self._usable = self._usable or bool(text)
-        events = self.build.text(text)
-        return events + self.build.state({"prev": signed}) if signed else events
+        return events + self.build.text(text)
 
     def _function_call(self, call: JSON, signed: JSON | None) -> list[StreamEvent]:
         events: list[StreamEvent] = []
@@ -4078,37 +4212,37 @@ class GeminiDecoder(StreamDecoder):
             return []
         return self.build.state({"part": part}) + self.build.whole(block)
 
-    def _grounded(self) -> list[StreamEvent]:
-        """Google Search's sources: citations on the text, then the search itself."""
-        chunks = [
-            chunk.get("web") or chunk.get("retrievedContext") or {}
-            for chunk in self._grounding.get("groundingChunks") or ()
-        ]
-        events: list[StreamEvent] = []
+    def _sources(self) -> list[JSON]:
+        chunks = (_as_dict(chunk) for chunk in self._grounding.get("groundingChunks") or ())
+        return [_as_dict(chunk.get("web") or chunk.get("retrievedContext") or chunk.get("maps")) for chunk in chunks]
+
+    def _citations(self) -> list[StreamEvent]:
+        """Google Search's sources, as citations on the text."""
+        sources, events = self._sources(), list[StreamEvent]()
         raw = self._text.encode("utf-8", "replace")
         for support in self._grounding.get("groundingSupports") or () if self.build.is_open("text") else ():
-            segment = support.get("segment") or {}
+            segment = _as_dict(_as_dict(support).get("segment"))
             ends = (count(segment.get(key)) for key in ("startIndex", "endIndex"))  # in bytes
             start, end = (len(raw[:end].decode("utf-8", "ignore")) for end in ends)
-            for number in support.get("groundingChunkIndices") or ():
-                if 0 <= number < len(chunks):
-                    web = chunks[number]
-                    events += self.build.citation(
-                        url_citation(web.get("uri"), web.get("title"), start_index=start, end_index=end)
-                    )
-        queries = self._grounding.get("webSearchQueries") or []
-        if not queries and not chunks:
-            return events
+            for number in _as_dict(support).get("groundingChunkIndices") or ():
+                if 0 <= number < len(sources):
+                    web = sources[number]
+                    cited = url_citation(web.get("uri"), web.get("title"), start_index=start, end_index=end)
+                    events += self.build.citation(cited)
+        return events
+
+    def _searched(self) -> list[StreamEvent]:
+        """The search itself, as blocks to read."""
+        queries, sources = self._grounding.get("webSearchQueries") or [], self._sources()
+        if not queries and not sources:
+            return []
         id = f"srvgem_{secrets.token_hex(10)}"
-        events += self.build.whole(
-            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {"queries": queries}}
-        )
-        shown = (self._grounding.get("searchEntryPoint") or {}).get("renderedContent")
+        shown = _as_dict(self._grounding.get("searchEntryPoint")).get("renderedContent")
         entry = {"search_entry_point": shown} if shown else {}  # Google's terms want it displayed
-        found = [web_result(chunk.get("uri"), chunk.get("title")) for chunk in chunks]
-        return events + self.build.whole(
-            {"type": "web_search_tool_result", "tool_use_id": id, "content": found} | entry
-        )
+        found = [web_result(source.get("uri"), source.get("title")) for source in sources]
+        asked = {"type": "server_tool_use", "id": id, "name": "web_search", "input": {"queries": queries}}
+        result = {"type": "web_search_tool_result", "tool_use_id": id, "content": found} | entry
+        return self.build.whole(asked) + self.build.whole(result)
 
 
 @dataclass(slots=True)
@@ -4453,7 +4587,9 @@ class GoogleLogin:
     project: str | None = None
     token_url: str = GOOGLE_TOKEN_URL
     authorize_url: str = GOOGLE_AUTHORIZE_URL
+    own: bool = True  # whether a refusal is for the caller to mend
     _saved: JSON | None = field(default=None, repr=False)
+    _failure: tuple[float, Error] | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @classmethod
@@ -4477,15 +4613,33 @@ class GoogleLogin:
         """A token that is good for now; `refused` names one that the provider has just turned down."""
         async with self._lock:
             saved = self._saved = self._saved or self._load()
-            expired = count(saved.get("expiry_date")) / 1000 < time.time() + 60
-            if expired or saved.get("access_token") == refused:
-                saved = await self._refresh(transport, saved)
-            credential = Credential(Secret(saved["access_token"]), own=False)
+            if self._stale(saved, refused):
+                saved = await self._renewed(transport, refused)
+            token = saved.get("access_token")
+            credential = Credential(Secret(token), own=self.own, renewable=True)
             project = self.project or saved.get("project_id")
             if not project:
                 project = await self._discover(transport, base_url, credential)
                 await self._save({**saved, "project_id": project})
             return dataclasses.replace(credential, project=project)
+
+    @staticmethod
+    def _stale(saved: JSON, refused: str | None) -> bool:
+        expired = count(saved.get("expiry_date")) / 1000 < time.time() + 60
+        return expired or not saved.get("access_token") or saved["access_token"] == refused
+
+    async def _renewed(self, transport: Transport, refused: str | None) -> JSON:
+        """A fresh token: of a login since, else refreshed. A failure holds for a moment, for all who wait behind it."""
+        saved = self._saved = self._load()
+        if not self._stale(saved, refused):
+            return saved
+        if self._failure and time.monotonic() - self._failure[0] < 5:
+            raise self._failure[1]
+        try:
+            return await self._refresh(transport, saved)
+        except Error as fault:
+            self._failure = (time.monotonic(), fault)
+            raise
 
     def _load(self) -> JSON:
         try:
@@ -4518,7 +4672,14 @@ class GoogleLogin:
         async with await transport.send(token_request(self.token_url, **form), "gemini-oauth") as upstream:
             body = await upstream.read(1 << 20)
             if upstream.status != 200:
-                raise provider_error("gemini-oauth", 401, upstream.headers, body, keys=form.values(), own_key=False)
+                refused = upstream.status in (400, 401, 403)
+                status = 401 if refused else upstream.status
+                keys = form.values()
+                fault = provider_error("gemini-oauth", status, upstream.headers, body, keys=keys, own_key=self.own)
+                if refused:
+                    fault.message += "; log in again: `python vai.py login gemini-oauth`"
+                    fault.args = (fault.message,)
+                raise fault
         with _readable("gemini-oauth"):
             answer = loads(body)
             expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
@@ -4569,10 +4730,11 @@ class GoogleLogin:
         """Ask Code Assist for the project, as its own command line does (gemini-cli, code_assist/setup.ts)."""
         metadata = {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED", "pluginType": "GEMINI"}
         answer = await self._ask(transport, credential, f"{base_url}:loadCodeAssist", {"metadata": metadata})
-        if isinstance(project := answer.get("cloudaicompanionProject"), str) and project:
+        project = answer.get("cloudaicompanionProject")
+        if isinstance(project, str) and project and not project.isdigit():  # a number would be refused
             return project
         if not answer.get("currentTier"):
-            tiers = [tier for tier in answer.get("allowedTiers") or () if isinstance(tier, dict)]
+            tiers = [tier for tier in _as_list(answer.get("allowedTiers")) if isinstance(tier, dict)]
             tier = next((tier.get("id") for tier in tiers if tier.get("isDefault")), "legacy-tier")
             operation = await self._ask(
                 transport, credential, f"{base_url}:onboardUser", {"tierId": tier, "metadata": metadata}
@@ -4585,7 +4747,9 @@ class GoogleLogin:
             found = _as_dict(_as_dict(operation.get("response")).get("cloudaicompanionProject")).get("id")
             if isinstance(found, str) and found:
                 return found
-        reasons = [tier.get("reasonMessage") for tier in answer.get("ineligibleTiers") or () if isinstance(tier, dict)]
+        reasons = [
+            tier.get("reasonMessage") for tier in _as_list(answer.get("ineligibleTiers")) if isinstance(tier, dict)
+        ]
         message = "Code Assist names no project: set GEMINI_OAUTH_PROJECT_ID"
         message += f" ({_printable(str(reasons[0]), 300)})" if reasons else ""
         raise PermissionDeniedError(message, provider="gemini-oauth")
@@ -4597,7 +4761,7 @@ class GoogleLogin:
             answer = await upstream.read(1 << 20)
             if upstream.status != 200:
                 raise provider_error(
-                    "gemini-oauth", upstream.status, upstream.headers, answer, keys=[credential.key], own_key=False
+                    "gemini-oauth", upstream.status, upstream.headers, answer, keys=[credential.key], own_key=self.own
                 )
         with _readable("gemini-oauth"):
             return dict(loads(answer))

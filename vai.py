@@ -314,23 +314,21 @@ class EventStream:
             if not decoder.ending:
                 raise
             data = b""
-        for sse in self._sse.feed(data) if data else self._last_events():
-            events += decoder.feed(sse)
-        if not data:
-            self._check_head()
-            events += decoder.close()
-        elif not decoder.build.started and len(self._head) < 64 << 10:
-            self._head += data
-
-    def _last_events(self) -> Iterator[Any]:
-        """Events that lack their blank line at the end of the body: half a one is the mark of a broken stream."""
-        for sse in self._sse.close():
+        if data:
+            for sse in self._sse.feed(data):
+                events += decoder.feed(sse)
+            if not decoder.build.started and len(self._head) < 64 << 10:
+                self._head += data
+            return
+        for sse in self._sse.close():  # an event that lacks its blank line: half a one is the mark of a broken stream
             try:
-                providers.loads(sse.data)
-            except ValueError:
-                if sse.data.strip() != "[DONE]":
-                    raise StreamTruncated(provider=self._decoder.provider) from None
-            yield sse
+                events += decoder.feed(sse)
+            except ProviderError as fault:
+                if fault.code == "unreadable_answer":
+                    raise StreamTruncated(provider=fault.provider) from None
+                raise
+        self._check_head()
+        events += decoder.close()
 
     def _check_head(self) -> None:
         """A body that holds no event at all may be an error in JSON, whatever its content type says."""
@@ -397,6 +395,7 @@ class Direct:
             url = next((url.strip() for url in urls if url and url.strip()), adapter.base_url)
             self.base_urls[adapter.id] = url.rstrip("/")
         self.login = GoogleLogin.from_environ(environ)
+        self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
         self.transport = Transport(timeouts)
 
@@ -485,8 +484,7 @@ class Direct:
             if upstream.status == 200:
                 return upstream, credential
             fault = await self._fault(upstream, adapter, credential)
-            stale = upstream.status == 401 and adapter.id == "gemini-oauth" and not credential.own
-            if stale and refused is None and self._logs_in:
+            if upstream.status == 401 and credential.renewable and refused is None:
                 refused = credential.key
             elif (name := adapter.refused_field(fault, request, sent)) and not request._retried:
                 request._retried = True
