@@ -24,6 +24,7 @@ import dataclasses
 import email.utils
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -137,7 +138,7 @@ def dumps(value: Any) -> bytes:
 def too_deep(value: Any, limit: int) -> bool:
     """Whether arrays and objects are nested more than `limit` levels."""
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             child
             for item in level
@@ -199,6 +200,19 @@ def _as_dict(value: Any) -> JSON:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+class Secret(str):
+    """A string that does not show itself: not in a repr, and so not in a traceback's locals."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def bearer(key: str) -> Secret:
+    return Secret(f"Bearer {key}")
 
 
 # == Errors ============================================================================================================
@@ -425,11 +439,12 @@ _KEY_SHAPES = re.compile(
 
 
 def redact(text: str, keys: Iterable[str] = ()) -> str:
-    """`text` without the given keys, their base64, or anything else that looks like a key."""
+    """`text` without the given keys, plain, quoted or in base64, or anything else that looks like a key."""
     for key in keys:
         if len(key) >= 6:
-            text = text.replace(key, "[redacted]")
-            text = text.replace(base64.b64encode(key.encode("utf-8", "replace")).decode().rstrip("="), "[redacted]")
+            encoded = base64.b64encode(key.encode("utf-8", "replace")).decode().rstrip("=")
+            for form in (key, quote(key, safe=""), quote(key), encoded):
+                text = text.replace(form, "[redacted]")
     return _KEY_SHAPES.sub("[redacted]", text)
 
 
@@ -451,9 +466,10 @@ def for_caller(fault: Error, credential: Credential) -> Error:
         ours.provider_error = fault.provider_error
         fault = ours
     fault.message = redact(fault.message, [credential.key])
+    fault.code = redact(fault.code, [credential.key]) if fault.code else None
     fault.provider_error = redact_json(fault.provider_error, [credential.key])
     fault.args = (fault.message,)
-    return fault
+    return fault.with_traceback(None)
 
 
 def _printable(text: str, limit: int = MAX_PROVIDER_ERROR) -> str:
@@ -543,6 +559,8 @@ def _classified(provider: str, status: int, message: str, fault: JSON, retry_aft
         code = next((r for r in reasons if isinstance(r, str)), code)
         if cls is RateLimitError and "PerDay" in str(details):
             code = "insufficient_quota"
+    if code == "API_KEY_INVALID" or (status == 400 and message.startswith("API key not valid")):
+        status, cls = 401, AuthenticationError  # Google says 400
     if status == 402:
         code = "billing"
     elif status == 409:
@@ -565,7 +583,7 @@ def bounded(fault: Any, limit: int = MAX_PROVIDER_ERROR) -> Any:
         raw = dumps(fault)
     except (ValueError, RecursionError):
         return None
-    return fault if len(raw) <= limit else {"truncated": raw[:limit].decode("ascii")}
+    return fault if len(raw) <= limit else {"truncated": raw[: limit // 2].decode("ascii")}
 
 
 def _retry_after(headers: Mapping[str, str], now: float | None = None) -> int | None:
@@ -625,8 +643,11 @@ class _Request(BaseModel):
     )
 
 
+# A union's tag begins with #, so that it is told from a key where pydantic says in what place an error is.
+
+
 def _text_or_blocks(value: Any) -> str:
-    return "blocks" if isinstance(value, list) else "string"
+    return "#blocks" if isinstance(value, list) else "#string"
 
 
 class Base64Source(_Request):
@@ -672,6 +693,16 @@ class ContentSource(_Request):
         return "\n".join(str(b["text"]) for b in self.content if isinstance(b, dict) and "text" in b)
 
 
+def _source_kind(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"#{kind}" if isinstance(kind, str) else None
+
+
+_Base64: TypeAlias = Annotated[Base64Source, Tag("#base64")]
+_URL: TypeAlias = Annotated[URLSource, Tag("#url")]
+_File: TypeAlias = Annotated[FileSource, Tag("#file")]
+
+
 class TextBlock(_Request):
     type: Literal["text"] = "text"
     text: str
@@ -680,13 +711,16 @@ class TextBlock(_Request):
 
 class ImageBlock(_Request):
     type: Literal["image"]
-    source: Annotated[Base64Source | URLSource | FileSource, Field(discriminator="type")]
+    source: Annotated[_Base64 | _URL | _File, Discriminator(_source_kind)]
     cache_control: JSON | None = None
 
 
 class DocumentBlock(_Request):
     type: Literal["document"]
-    source: Annotated[Base64Source | URLSource | FileSource | TextSource | ContentSource, Field(discriminator="type")]
+    source: Annotated[
+        _Base64 | _URL | _File | Annotated[TextSource, Tag("#text")] | Annotated[ContentSource, Tag("#content")],
+        Discriminator(_source_kind),
+    ]
     title: str | None = None
     cache_control: JSON | None = None
 
@@ -724,7 +758,7 @@ class AudioBlock(_Request):
 
 class VideoBlock(_Request):
     type: Literal["video"]
-    source: Annotated[Base64Source | URLSource, Field(discriminator="type")]
+    source: Annotated[_Base64 | _URL, Discriminator(_source_kind)]
 
 
 class ToolUseBlock(_Request):
@@ -739,7 +773,7 @@ class ToolResultBlock(_Request):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[Block], Tag("blocks")], Discriminator(_text_or_blocks)
+        Annotated[str, Tag("#string")] | Annotated[list[Block], Tag("#blocks")], Discriminator(_text_or_blocks)
     ] = ""
     is_error: bool | None = None
     cache_control: JSON | None = None
@@ -770,21 +804,21 @@ def _block_kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     if not isinstance(kind, str):
         return None
-    return kind if kind in _BLOCK_KINDS else "server" if SERVER_BLOCK.fullmatch(kind) else None
+    return f"#{kind}" if kind in _BLOCK_KINDS else "#server" if SERVER_BLOCK.fullmatch(kind) else None
 
 
 Block: TypeAlias = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ImageBlock, Tag("image")]
-    | Annotated[DocumentBlock, Tag("document")]
-    | Annotated[SearchResultBlock, Tag("search_result")]
-    | Annotated[AudioBlock, Tag("audio")]
-    | Annotated[VideoBlock, Tag("video")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
-    | Annotated[ServerBlock, Tag("server")],
+    Annotated[TextBlock, Tag("#text")]
+    | Annotated[ImageBlock, Tag("#image")]
+    | Annotated[DocumentBlock, Tag("#document")]
+    | Annotated[SearchResultBlock, Tag("#search_result")]
+    | Annotated[AudioBlock, Tag("#audio")]
+    | Annotated[VideoBlock, Tag("#video")]
+    | Annotated[ToolUseBlock, Tag("#tool_use")]
+    | Annotated[ToolResultBlock, Tag("#tool_result")]
+    | Annotated[ThinkingBlock, Tag("#thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("#redacted_thinking")]
+    | Annotated[ServerBlock, Tag("#server")],
     Discriminator(_block_kind),
 ]
 _BLOCK_KINDS = (
@@ -800,7 +834,7 @@ class MessageParam(_Request):
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[Block], Tag("blocks")], Discriminator(_text_or_blocks)
+        Annotated[str, Tag("#string")] | Annotated[list[Block], Tag("#blocks")], Discriminator(_text_or_blocks)
     ]
 
     @property
@@ -837,16 +871,16 @@ class ServerTool(_Request):
 def _tool_kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     if kind is None or kind in ("custom", "function"):
-        return "function"
+        return "#function"
     if not isinstance(kind, str):
         return None
-    return "native" if kind in NATIVE_TOOLS else "server" if SERVER_TOOL.fullmatch(kind) else None
+    return "#native" if kind in NATIVE_TOOLS else "#server" if SERVER_TOOL.fullmatch(kind) else None
 
 
 Tool: TypeAlias = Annotated[
-    Annotated[FunctionTool, Tag("function")]
-    | Annotated[NativeTool, Tag("native")]
-    | Annotated[ServerTool, Tag("server")],
+    Annotated[FunctionTool, Tag("#function")]
+    | Annotated[NativeTool, Tag("#native")]
+    | Annotated[ServerTool, Tag("#server")],
     Discriminator(_tool_kind),
 ]
 
@@ -914,7 +948,7 @@ class MessageRequest(_Request):
     messages: Annotated[list[MessageParam], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, le=100_000_000)] | None = None
     system: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[TextBlock], Tag("blocks")], Discriminator(_text_or_blocks)
+        Annotated[str, Tag("#string")] | Annotated[list[TextBlock], Tag("#blocks")], Discriminator(_text_or_blocks)
     ] = ""
     stop_sequences: _Words = []
     metadata: Metadata | None = None
@@ -1083,6 +1117,8 @@ def _validation_error(fault: ValidationError, body: JSON) -> Error:
     path: list[str | int] = []
     value: Any = body
     for number, step in enumerate(first["loc"]):
+        if isinstance(step, str) and step.startswith("#"):
+            continue
         inside = isinstance(value, dict) and step in value
         if inside or (isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)):
             path.append(step)
@@ -1090,6 +1126,8 @@ def _validation_error(fault: ValidationError, body: JSON) -> Error:
         elif first["type"] == "missing" and number == len(first["loc"]) - 1:
             path.append(step)
     param = _join(path)
+    if param == "model":
+        return InvalidRequestError(f"model must be a string, 'provider/model' ({first['msg']})", param=param)
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = value.get("type") if isinstance(value, dict) else None
         if not isinstance(value, dict):
@@ -1130,17 +1168,23 @@ def _check_role(role: str, block: Block, place: str) -> None:
 
 def _check_block(block: Block, place: str) -> None:
     source = getattr(block, "source", None)
-    if isinstance(source, Base64Source):
-        try:
-            binascii.a2b_base64(source.data, strict_mode=True)
-        except ValueError:
-            raise InvalidRequestError(f"{place}.source.data: not valid base64", param=f"{place}.source.data") from None
+    if isinstance(source, Base64Source) and not is_base64(source.data):
+        raise InvalidRequestError(f"{place}.source.data: not valid base64", param=f"{place}.source.data")
     if isinstance(block, ToolResultBlock) and not isinstance(block.content, str):
         for k, inner in enumerate(block.content):
             inner_place = f"{place}.content[{k}]"
             if isinstance(inner, (ToolUseBlock, ToolResultBlock, ThinkingBlock, RedactedThinkingBlock)):
                 raise InvalidRequestError(f"{inner_place}.type: not in a tool result", param=f"{inner_place}.type")
             _check_block(inner, inner_place)
+
+
+def is_base64(data: str) -> bool:
+    """Whether it is standard base64: padded, without line breaks, and not a character more."""
+    try:
+        binascii.a2b_base64(data, strict_mode=True)
+    except ValueError:
+        return False
+    return len(data) % 4 == 0 and not data.endswith("===")
 
 
 def _check_tools(request: MessageRequest) -> None:
@@ -1237,6 +1281,12 @@ ContentBlock: TypeAlias = Annotated[
     | Annotated[OtherBlock, Tag("other")],
     Discriminator(_content_kind),
 ]
+
+
+STOP_REASONS = (
+    *("end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal"),
+    "model_context_window_exceeded",
+)
 
 
 class Usage(_Response):
@@ -1550,9 +1600,12 @@ def tool_input(arguments: str) -> JSON:
     return {"invalid_json": arguments}
 
 
-# What may be missing where JSON breaks off: in a string, before a value, in a key, a number, an escape, a word.
-_TAILS: tuple[str, ...] = ("", '"', "null", '":null', ":null", '"":null', "0", '\\"', '0000"', '000"', '00"', '0"')
-_TAILS += ("rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l")
+# What may be missing where JSON breaks off: nothing, a value, the end of a string or key, the rest of a literal.
+_TAILS = (
+    *("", "null", ":null", '"":null', "0"),
+    *(escape + end for escape in ("", "\\", "0000", "000", "00", "0") for end in ('"', '":null')),
+    *("rue", "ue", "e", "alse", "lse", "se", "ull", "ll", "l"),
+)
 
 
 def is_object(arguments: str) -> bool:
@@ -1618,18 +1671,21 @@ class SSEDecoder:
         if b"\r" in chunk:
             self._after_cr = chunk[-1] == 0x0D
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        self._size += len(chunk)
-        if self._size > self._limit:
-            raise ProviderError(f"the provider sent an event of over {self._limit} bytes", code="event_too_large")
         if b"\n" not in chunk:
             self._parts.append(chunk)
+            self._size += len(chunk)
+            self._check_size()
             return []
         lines = (b"".join(self._parts) + chunk if self._parts else chunk).split(b"\n")
         self._parts = [last] if (last := lines.pop()) else []
         events = self._lines(lines)
-        if events:
-            self._size = len(last) + sum(map(len, self._data))
+        self._size = len(last) + sum(map(len, self._data))
+        self._check_size()
         return events
+
+    def _check_size(self) -> None:
+        if self._size > self._limit:
+            raise ProviderError(f"the provider sent an event of over {self._limit} bytes", code="event_too_large")
 
     def close(self) -> list[SSE]:
         """The end of the body. Some servers leave out the last blank line; an event that is whole still counts."""
@@ -1643,6 +1699,8 @@ class SSEDecoder:
             if not line:
                 if any(self._data):
                     data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+                    self._size = len(data)
+                    self._check_size()
                     events.append(SSE(self._event, data.decode("utf-8", "replace")))
                 self._data, self._event = [], ""
                 continue
@@ -1852,12 +1910,8 @@ def _is_text(piece: Any) -> bool:
 
 
 def parse_block(block: JSON) -> ContentBlock:
-    """A block from a provider, as leniently as a `Message` reads it."""
-    kind = _content_kind(block)
-    try:
-        return _BLOCK_CLASSES[kind].model_validate(block)
-    except ValidationError:
-        return OtherBlock.model_validate({"type": "unknown", **block})
+    """A block from a provider, as leniently as a `Message` reads it. Raises `ValueError` for what is none."""
+    return _BLOCK_CLASSES[_content_kind(block)].model_validate(block)
 
 
 _BLOCK_CLASSES: dict[str, type[Text | ToolUse | ThinkingText | Media | OtherBlock]] = {
@@ -2068,19 +2122,6 @@ class HTTPRequest:
     headers: dict[str, str] = field(repr=False)
     body: bytes = field(repr=False)
     method: str = "POST"
-
-
-class Secret(str):
-    """A string that does not show itself: not in a repr, and so not in a traceback's locals."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-def bearer(key: str) -> Secret:
-    return Secret(f"Bearer {key}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -2345,9 +2386,9 @@ class StopCutter:
 
     def _text(self, index: int, text: str) -> list[StreamEvent]:
         text = self._held + text
-        places = [(place, s) for s in self._sequences if (place := text.find(s)) >= 0]
-        if places:
-            cut, self._found = min(places)
+        places = [(place + len(s), place, s) for s in self._sequences if (place := text.find(s)) >= 0]
+        if places:  # the one that is complete first, as a model would have stopped
+            _, cut, self._found = min(places)
             self._held = ""
             kept: list[StreamEvent] = [ContentBlockDelta(index, TextDelta(text[:cut]))] if cut else []
             return [*kept, ContentBlockStop(index)]
@@ -2503,8 +2544,7 @@ class Anthropic(Adapter):
             usage = Usage(**anthropic_usage(body.get("usage")))
             fields = {key: value for key, value in body.items() if key not in ("content", "usage")}
             message = Message.model_validate({**fields, "content": blocks, "usage": usage} | self._named(body))
-            if not message.stop_reason and not blocks:
-                raise ValueError("neither content nor a stop reason")
+            message.stop_reason = known_stop(message.stop_reason, bool(blocks))
         return message
 
     def _named(self, body: JSON) -> JSON:
@@ -2688,6 +2728,15 @@ def anthropic_usage(usage: Any, before: Mapping[str, Any] | None = None) -> JSON
     return parts | four | {"total_tokens": sum(four.values())}
 
 
+def known_stop(reason: Any, content: bool) -> str:
+    """A stop reason of SPEC's list: what is none is `end_turn` with content, and no answer without."""
+    if reason in STOP_REASONS:
+        return str(reason)
+    if not content:
+        raise ValueError("neither content nor a stop reason")
+    return "end_turn"
+
+
 class AnthropicDecoder(StreamDecoder):
     """Anthropic's own events, their grammar written anew: what came out of order goes out in order, or is an error."""
 
@@ -2715,7 +2764,7 @@ class AnthropicDecoder(StreamDecoder):
             case "message_stop":
                 if not self.build.started:
                     raise ValueError("out of order")
-                stop: JSON = {"stop_reason": "end_turn"} | self._stop
+                stop = self._stop | {"stop_reason": known_stop(self._stop.get("stop_reason"), self.build.index >= 0)}
                 return self.build.finish(usage=self._usage or make_usage(), **stop)
             case "error":
                 raise stream_error(self.provider, chunk.get("error"))
@@ -2815,9 +2864,9 @@ class Chat(Adapter):
 
     def _native(self, request: MessageRequest, kind: str, config: JSON, body: JSON) -> list[JSON]:
         if kind == "web_search" and "search" in request.model_name:
-            body["web_search_options"] = {
-                k: v for k, v in config.items() if k in ("search_context_size", "user_location")
-            }
+            known = ("search_context_size", "user_location")
+            body["web_search_options"] = {name: config[name] for name in known if name in config}
+            request.drop(*(f"tools.{kind}.{name}" for name in config if name not in known))
             return []
         raise self.refuse(f"the tool {kind}", kind, "tools")
 
@@ -4446,11 +4495,11 @@ class Transport:
         now = asyncio.get_running_loop().time()
         for attempt in (1, 2):
             try:
-                async with asyncio.timeout(self.timeouts.first_byte):
+                async with asyncio.timeout_at(now + min(self.timeouts.first_byte, self.timeouts.total)):
                     response = await self._session.request(
                         request.method,
                         URL(request.url, encoded=True),
-                        data=request.body,
+                        data=io.BytesIO(request.body) if len(request.body) > 1 << 20 else request.body,
                         headers=request.headers,
                         allow_redirects=False,
                     )
@@ -4582,8 +4631,8 @@ class GoogleLogin:
     """
 
     path: Path
-    client_id: str = field(default="", repr=False)
-    client_secret: str = field(default="", repr=False)
+    client_id: Secret = field(default=Secret(), repr=False)
+    client_secret: Secret = field(default=Secret(), repr=False)
     project: str | None = None
     token_url: str = GOOGLE_TOKEN_URL
     authorize_url: str = GOOGLE_AUTHORIZE_URL
@@ -4652,16 +4701,17 @@ class GoogleLogin:
             raise AuthenticationError(
                 "the credentials file of gemini-oauth is unreadable", provider="gemini-oauth"
             ) from None
-        if not isinstance(saved, dict) or not isinstance(saved.get("access_token") or saved.get("refresh_token"), str):
+        saved = {name: Secret(value) if isinstance(value, str) else value for name, value in _as_dict(saved).items()}
+        if not isinstance(saved.get("access_token") or saved.get("refresh_token"), str):
             raise AuthenticationError("the credentials file of gemini-oauth holds no token", provider="gemini-oauth")
         return saved
 
     async def _refresh(self, transport: Transport, saved: JSON) -> JSON:
         form = {
             "grant_type": "refresh_token",
-            "refresh_token": str(saved.get("refresh_token") or ""),
-            "client_id": self.client_id or str(saved.get("client_id") or ""),
-            "client_secret": self.client_secret or str(saved.get("client_secret") or ""),
+            "refresh_token": Secret(saved.get("refresh_token") or ""),
+            "client_id": Secret(self.client_id or saved.get("client_id") or ""),
+            "client_secret": Secret(self.client_secret or saved.get("client_secret") or ""),
         }
         fresh = saved | await self._token(transport, form)
         await self._save(fresh)
@@ -4669,22 +4719,22 @@ class GoogleLogin:
 
     async def _token(self, transport: Transport, form: Mapping[str, str]) -> JSON:
         """What the token endpoint grants, in the words of the credentials file."""
-        async with await transport.send(token_request(self.token_url, **form), "gemini-oauth") as upstream:
-            body = await upstream.read(1 << 20)
-            if upstream.status != 200:
-                refused = upstream.status in (400, 401, 403)
-                status = 401 if refused else upstream.status
-                keys = form.values()
-                fault = provider_error("gemini-oauth", status, upstream.headers, body, keys=keys, own_key=self.own)
-                if refused:
-                    fault.message += "; log in again: `python vai.py login gemini-oauth`"
-                    fault.args = (fault.message,)
-                raise fault
-        with _readable("gemini-oauth"):
-            answer = loads(body)
-            expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
-            kept = {name: str(answer[name]) for name in ("refresh_token", "scope", "token_type") if answer.get(name)}
-            return {"access_token": str(answer["access_token"]), "expiry_date": expiry} | kept
+        request = token_request(self.token_url, **form)
+        async with await transport.send(request, "gemini-oauth") as upstream:
+            answer = _granted(await upstream.read(1 << 20)) if upstream.status == 200 else None
+            if answer is not None:
+                return answer
+            refused = upstream.status in (200, 400, 401, 403)
+            fault = self._refusal(upstream, await upstream.read_some(), form.values(), 401 if refused else None)
+        if refused:
+            fault.message += "; log in again: `python vai.py login gemini-oauth`"
+            fault.args = (fault.message,)
+        raise fault
+
+    def _refusal(self, upstream: Upstream, body: bytes, keys: Iterable[str], status: int | None = None) -> Error:
+        keys = [key for key in keys if key]
+        status = status or upstream.status
+        return provider_error("gemini-oauth", status, upstream.headers, body, keys=keys, own_key=self.own)
 
     # -- logging in: PKCE (RFC 7636) with a redirect to this machine -------------------------------------------------
 
@@ -4708,7 +4758,7 @@ class GoogleLogin:
         """Turn the code of the redirect into a credentials file, with the project if it can be found out."""
         form = {
             "grant_type": "authorization_code",
-            "code": code,
+            "code": Secret(code),
             "redirect_uri": redirect_uri,
             "code_verifier": verifier,
             "client_id": self.client_id,
@@ -4758,13 +4808,23 @@ class GoogleLogin:
         headers = {"Authorization": bearer(credential.key), "Content-Type": "application/json"}
         request = HTTPRequest(url, headers, dumps(body) if body is not None else b"", "GET" if body is None else "POST")
         async with await transport.send(request, "gemini-oauth") as upstream:
-            answer = await upstream.read(1 << 20)
             if upstream.status != 200:
-                raise provider_error(
-                    "gemini-oauth", upstream.status, upstream.headers, answer, keys=[credential.key], own_key=self.own
-                )
+                raise self._refusal(upstream, await upstream.read_some(), [credential.key])
+            answer = await upstream.read(1 << 20)
         with _readable("gemini-oauth"):
             return dict(loads(answer))
+
+
+def _granted(body: bytes) -> JSON | None:
+    """A token endpoint's answer in the words of the credentials file; None if it grants nothing."""
+    try:
+        answer = _as_dict(loads(body))
+        expiry = int((time.time() + float(answer.get("expires_in", 3600))) * 1000)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    kept = ("access_token", "refresh_token", "scope", "token_type")
+    found = {name: Secret(answer[name]) for name in kept if isinstance(answer.get(name), str) and answer[name]}
+    return {**found, "expiry_date": expiry} if "access_token" in found else None
 
 
 def write_private(path: Path, text: str) -> None:

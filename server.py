@@ -234,9 +234,8 @@ def _place(tree: JSON, path: str, value: Any) -> None:
 def _config_error(fault: ValidationError, sources: Mapping[str, str]) -> ConfigError:
     first = fault.errors(include_url=False, include_input=False, include_context=False)[0]
     path = ".".join(str(step) for step in first["loc"])
-    source = next(
-        (name for prefix, name in sources.items() if prefix and path.startswith(prefix)), sources.get("", "vai.toml")
-    )
+    given = (name for prefix, name in sources.items() if prefix and f"{path}.".startswith(f"{prefix}."))
+    source = next(given, sources.get("", "vai.toml"))
     reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
     return ConfigError(f"{source}: {path}: {reason}")
 
@@ -305,19 +304,16 @@ class Callers:
                 )
             return Caller("anyone")
         key = presented_key(request)
-        if not key:
-            raise providers.AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
-        if self.mode == "passthrough":
+        if self.mode == "passthrough" and key:
             return Caller("passthrough", key)
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        name = self._names.get(digest)
-        known = next((known for known in self._names if hmac.compare_digest(known, digest)), None)
-        if name is None or known is None:
-            raise providers.AuthenticationError("the API key is not valid")
+        digest = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
+        name = next((name for known, name in self._names.items() if hmac.compare_digest(known, digest)), None)
+        if not key or name is None:  # one answer, whatever is wrong
+            raise providers.AuthenticationError("no valid API key: send X-API-Key: KEY, or Authorization: Bearer KEY")
         return Caller(name)
 
 
-def presented_key(request: web.Request) -> str | None:
+def presented_key(request: web.Request) -> providers.Secret | None:
     """The credential of a request. As at Anthropic, `X-API-Key` goes before `Authorization`; two of a kind are none."""
     given = request.headers.getall("X-API-Key", [])
     if not given:
@@ -325,16 +321,16 @@ def presented_key(request: web.Request) -> str | None:
         given = [found[1] for value in values if (found := re.fullmatch(r"(?i:bearer) +(\S+)", value.strip()))]
         if len(given) != len(values):
             return None
-    return given[0].strip() if len(given) == 1 else None
+    return providers.Secret(given[0].strip()) if len(given) == 1 else None
 
 
-def provider_keys(request: web.Request, caller: Caller, provider: str) -> dict[str, str]:
-    """The keys that came in headers; in passthrough mode also the caller's own, for the provider of the model."""
-    prefix = "x-provider-key-"
-    keys = {n.lower().removeprefix(prefix): v for n, v in request.headers.items() if n.lower().startswith(prefix)}
-    adapter = PROVIDERS[provider]
-    if caller.key and not {name.replace("_", "-") for name in keys} & set(adapter.byok):
-        keys[adapter.byok[0]] = caller.key
+def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageRequest) -> dict[str, providers.Secret]:
+    """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider."""
+    prefix, byok = "x-provider-key-", PROVIDERS[asked.provider].byok
+    given = ((name.lower(), providers.Secret(value)) for name, value in request.headers.items())
+    keys = vai.byok({name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)})
+    if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
+        keys |= vai.byok({byok[0]: caller.key})
     return keys
 
 
@@ -371,7 +367,8 @@ class TextFormatter(JSONFormatter):
         if record.name == access.name:
             tokens = f" {line['input_tokens']}→{line['output_tokens']} tokens" if "output_tokens" in line else ""
             model = f" {line['model']}" if line.get("model") else ""
-            what = f"{line['method']} {line['path']}{model}{tokens}"
+            path = json.dumps(line["path"])[1:-1]
+            what = f"{line['method']} {path}{model}{tokens}"
             return f"{clock} {line['status']} {line['duration_ms']:>6} ms  {what}  {line.get('request_id', '')}"
         extra = "".join(f"\n    {place}" for place in line.get("stack", ()))
         return f"{clock} {line['level'].upper()} {line['message']}{extra}"
@@ -476,7 +473,7 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large
-    parts, size = [], 0
+    part, parts, size = b"", [], 0
     try:
         async with asyncio.timeout(seconds):
             async for part in request.content.iter_any():
@@ -489,9 +486,30 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         slow.status = 408
         raise slow from None
     raw = b"".join(parts)
-    if size > 1 << 20:
-        return await asyncio.to_thread(providers.read_request, raw, limits.max_json_depth)
-    return providers.read_request(raw, limits.max_json_depth)
+    try:
+        large = size > 1 << 20
+        body = await asyncio.to_thread(read_keys, raw, limits) if large else read_keys(raw, limits)
+    except Error as fault:
+        raise fault.with_traceback(None) from None
+    finally:
+        del parts, raw, part  # a traceback's locals would show the keys in it
+    return body
+
+
+def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
+    """The body as an object, its `provider_keys` hidden from any repr."""
+    body = providers.read_request(raw, limits.max_json_depth)
+    if "provider_keys" in body:
+        body["provider_keys"] = _hidden(body["provider_keys"])
+    return body
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _hidden(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_hidden(item) for item in value]
+    return providers.Secret(value) if isinstance(value, str) else value
 
 
 class EventWriter:
@@ -569,11 +587,24 @@ class Gateway:
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
         large = (request.content_length or 0) > 1 << 20
-        headers = dict(request.headers)
+        headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
         asked = await asyncio.to_thread(self.engine.parse, body, headers) if large else self.engine.parse(body, headers)
         exchange.provider, exchange.model = asked.provider, asked.model_name
-        keys = provider_keys(request, caller, asked.provider)
+        keys = provider_keys(request, caller, asked)
         return await (self._stream if asked.stream else self._create)(request, asked, keys)
+
+    async def expect(self, request: web.Request) -> web.StreamResponse | None:
+        """`Expect: 100-continue`: a body that is over the limit need not come at all."""
+        if (request.content_length or 0) > self.config.limits.max_body_bytes:
+            response = error_response(self._too_large())
+            response.force_close()
+            return response
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
+        return None
+
+    def _too_large(self) -> Error:
+        return providers.RequestTooLargeError(f"the body is over {self.config.limits.max_body_bytes} bytes")
 
     def _check_counts(self, body: JSON) -> None:
         limits = self.config.limits
@@ -672,6 +703,8 @@ class Gateway:
         try:
             response = await self._answered(request, handler)
             status = response.status
+            if isinstance(response, web.Response):
+                exchange.sent = len(response.body) if isinstance(response.body, bytes) else 0
             return response
         finally:
             access.info("request", extra={"fields": exchange.fields(request, status)})
@@ -765,7 +798,7 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     gateway = Gateway(config, engine)
     app = web.Application(middlewares=[gateway.observe])
     app[GATEWAY] = gateway
-    app.router.add_post("/v1/messages", gateway.messages)
+    app.router.add_post("/v1/messages", gateway.messages, expect_handler=gateway.expect)
     app.router.add_get("/v1/models", gateway.models)
     app.router.add_get("/health", gateway.health)
     app.on_response_prepare.append(gateway.mark)
@@ -804,6 +837,7 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
     try:
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
         try:

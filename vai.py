@@ -391,9 +391,7 @@ class Direct:
             found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
             if not keyless and (key := next((key.strip() for key in found if key and key.strip()), None)):
                 self.keys[adapter.id] = _checked_key(key, f"the key for {adapter.id}")
-            urls = [(base_urls or {}).get(adapter.id)] + [environ.get(name) for name in adapter.url_env]
-            url = next((url.strip() for url in urls if url and url.strip()), adapter.base_url)
-            self.base_urls[adapter.id] = url.rstrip("/")
+            self.base_urls[adapter.id] = _base_url(adapter, base_urls or {}, environ)
         self.login = GoogleLogin.from_environ(environ)
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
@@ -402,7 +400,7 @@ class Direct:
     def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
         """The request, checked. `headers` may hold `anthropic-version` and `anthropic-beta`."""
         low = {name.lower(): value for name, value in (headers or {}).items()}
-        kept = {name: low[name] for name in ("anthropic-version", "anthropic-beta") if low.get(name)}
+        kept = {name: low[name] for name in FORWARDED_HEADERS if low.get(name)}
         for name, value in kept.items():
             if len(value) > 1024 or not re.fullmatch(r"[\x20-\x7e]*", value):
                 raise InvalidRequestError(f"the header {name} is not a plain list of names", param=name)
@@ -419,6 +417,8 @@ class Direct:
             raise providers.unreadable(adapter.id) from None
         except Error as fault:
             raise providers.for_caller(fault, credential) from None
+        finally:
+            del raw  # a traceback's locals would show what the provider echoed
         message._dropped = list(request.dropped)
         return message
 
@@ -458,8 +458,10 @@ class Direct:
         self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
     ) -> Credential:
         """Whose key pays: the caller's (`keys`, then the body's `provider_keys`), else our own."""
-        brought = byok(request.provider_keys) | byok(keys)
-        if key := next((brought[name] for name in adapter.byok if name in brought), None):
+        brought = (
+            given[name] for given in (byok(keys), byok(request.provider_keys)) for name in adapter.byok if name in given
+        )
+        if key := next(brought, None):
             return Credential(key, own=True, project=self.login.project)
         if adapter.id in self.keys:
             return Credential(self.keys[adapter.id], own=self.own_keys, project=self.login.project)
@@ -501,7 +503,22 @@ class Direct:
         )
 
 
+def _base_url(adapter: Adapter, given: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """Where the provider is. Raises `InvalidRequestError` that names the setting."""
+    named = [
+        (f"base_urls.{adapter.id}", given.get(adapter.id)),
+        *((name, environ.get(name)) for name in adapter.url_env),
+    ]
+    for name, url in named:
+        if url and url.strip():
+            if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url.strip()):
+                raise InvalidRequestError(f"{name}: not an http(s) URL", param=name)
+            return url.strip().rstrip("/")
+    return adapter.base_url
+
+
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
+FORWARDED_HEADERS = ("anthropic-version", "anthropic-beta")
 BYOK_NAMES = {name for adapter in PROVIDERS.values() for name in adapter.byok} | {"cartesia"}
 
 
@@ -511,7 +528,7 @@ def _key_name(name: str) -> str:
 
 def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
     """Keys that a caller brought, by BYOK name. Raises `InvalidRequestError` without showing a value."""
-    out: dict[str, Secret] = {}
+    keys, out = {name: Secret(key) for name, key in keys.items()}, {}
     for name, key in keys.items():
         if _key_name(name) not in BYOK_NAMES:
             known = ", ".join(sorted(BYOK_NAMES))
