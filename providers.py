@@ -250,11 +250,17 @@ class Error(Exception):
         self.provider_error = provider_error
         self.retry_after = retry_after
         self.request_id = request_id
+        self.begun = False  # the answer had begun: asking again would be paid for twice
+
+    @property
+    def about_key(self) -> bool:
+        """Whether a provider refused the key, whoever's it was."""
+        return isinstance(self, AuthenticationError) or self.code == "provider_authentication"
 
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed later. Spent quota does not come back by asking again."""
-        if self.code in TERMINAL_CODES or isinstance(self, StreamTruncated):
+        if self.begun or self.code in TERMINAL_CODES or isinstance(self, StreamTruncated) or self.about_key:
             return False
         return self.status in (408, 409, 429) or self.status >= 500 or self.code == "conflict"
 
@@ -1230,7 +1236,10 @@ class _Response(BaseModel):
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True, defer_build=True)
 
     def to_wire(self) -> JSON:
-        return self.model_dump(exclude_unset=True)
+        """What came from the provider, and no default of ours but `type`."""
+        kind = getattr(self, "type", None)
+        fields = self.model_dump(exclude_unset=True)
+        return fields if kind is None or "type" in fields else {"type": kind, **fields}
 
 
 class Text(_Response):
@@ -4459,6 +4468,7 @@ class Transport:
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
+        self._closed = False
         self._session: aiohttp.ClientSession | None = None
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -4490,6 +4500,8 @@ class Transport:
         import aiohttp
         from yarl import URL
 
+        if self._closed:
+            raise RuntimeError("the client is closed")
         if self._session is None:
             self._session = self._open_session()
         now = asyncio.get_running_loop().time()
@@ -4528,6 +4540,8 @@ class Transport:
         return upstream
 
     async def close(self) -> None:
+        """Hang up on whatever is in progress; nothing can be sent after."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -4668,7 +4682,14 @@ class GoogleLogin:
             credential = Credential(Secret(token), own=self.own, renewable=True)
             project = self.project or saved.get("project_id")
             if not project:
-                project = await self._discover(transport, base_url, credential)
+                try:
+                    project = await self._discover(transport, base_url, credential)
+                except Error as fault:
+                    if refused or not fault.about_key:
+                        raise
+                    saved = await self._renewed(transport, token)
+                    credential = Credential(Secret(saved["access_token"]), own=self.own, renewable=True)
+                    project = await self._discover(transport, base_url, credential)
                 await self._save({**saved, "project_id": project})
             return dataclasses.replace(credential, project=project)
 
@@ -4786,6 +4807,8 @@ class GoogleLogin:
         if not answer.get("currentTier"):
             tiers = [tier for tier in _as_list(answer.get("allowedTiers")) if isinstance(tier, dict)]
             tier = next((tier.get("id") for tier in tiers if tier.get("isDefault")), "legacy-tier")
+            if tier != "free-tier":  # every other wants a project of the user's own
+                raise self._without_project(answer)
             operation = await self._ask(
                 transport, credential, f"{base_url}:onboardUser", {"tierId": tier, "metadata": metadata}
             )
@@ -4797,12 +4820,14 @@ class GoogleLogin:
             found = _as_dict(_as_dict(operation.get("response")).get("cloudaicompanionProject")).get("id")
             if isinstance(found, str) and found:
                 return found
-        reasons = [
-            tier.get("reasonMessage") for tier in _as_list(answer.get("ineligibleTiers")) if isinstance(tier, dict)
-        ]
+        raise self._without_project(answer)
+
+    @staticmethod
+    def _without_project(answer: JSON) -> Error:
+        tiers = [tier for tier in _as_list(answer.get("ineligibleTiers")) if isinstance(tier, dict)]
         message = "Code Assist names no project: set GEMINI_OAUTH_PROJECT_ID"
-        message += f" ({_printable(str(reasons[0]), 300)})" if reasons else ""
-        raise PermissionDeniedError(message, provider="gemini-oauth")
+        message += f" ({_printable(str(tiers[0].get('reasonMessage')), 300)})" if tiers else ""
+        return PermissionDeniedError(message, provider="gemini-oauth")
 
     async def _ask(self, transport: Transport, credential: Credential, url: str, body: JSON | None) -> JSON:
         headers = {"Authorization": bearer(credential.key), "Content-Type": "application/json"}

@@ -21,6 +21,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import importlib
 import json
 import mimetypes
 import os
@@ -46,8 +47,9 @@ else:
     from .providers import *
 
 VERSION = "0.1.0"
-if providers.__version__ != VERSION:
-    raise ImportError(f"vai {VERSION} found providers.py of version {providers.__version__!r} at {providers.__file__}")
+if getattr(providers, "__version__", None) != VERSION:
+    found = getattr(providers, "__version__", "unknown")
+    raise ImportError(f"vai {VERSION} needs its own providers.py; version {found} is at {providers.__file__}")
 
 __all__ = [
     *providers.__all__,
@@ -125,10 +127,15 @@ def document(source: Source, media_type: str | None = None, *, title: str | None
 
 def tool_result(tool_use_id: str, content: Any = "", *, is_error: bool = False) -> JSON:
     """The answer to a `tool_use`: text, blocks, or anything that JSON can hold."""
-    if not isinstance(content, (str, list)):
-        content = json.dumps(_plain(content), ensure_ascii=False)
-    block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": _plain(content)}
+    plain = _plain(content)
+    blocks = isinstance(plain, list) and all(isinstance(b, dict) and b.get("type") in RESULT_BLOCKS for b in plain)
+    if not isinstance(plain, str) and not blocks:
+        plain = json.dumps(plain, ensure_ascii=False)
+    block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": plain}
     return block | ({"is_error": True} if is_error else {})
+
+
+RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
 
 
 def _source(source: Source, media_type: str | None, default: str) -> JSON:
@@ -202,7 +209,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_unset=True)
+        if hasattr(value, "to_wire"):
+            return value.to_wire()
+        return value.model_dump(mode="json", exclude_none=True)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
@@ -381,7 +390,7 @@ class Direct:
         keyless: bool = False,
     ) -> None:
         environ = os.environ if environ is None else environ
-        given = {_key_name(name): key for name, key in (provider_keys or {}).items()}
+        given = byok(provider_keys or {})
         self.aliases = dict(aliases or {})
         self.max_tokens = max_tokens
         self.own_keys = own_keys
@@ -409,13 +418,17 @@ class Direct:
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys or {})
-        async with upstream:
-            raw = await upstream.read()
+        raw = b""
         try:
+            async with upstream:
+                raw = await upstream.read()
             message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
         except ValueError:
-            raise providers.unreadable(adapter.id) from None
+            fault = providers.unreadable(adapter.id)
+            fault.begun = True
+            raise fault from None
         except Error as fault:
+            fault.begun = True
             raise providers.for_caller(fault, credential) from None
         finally:
             del raw  # a traceback's locals would show what the provider echoed
@@ -527,13 +540,14 @@ def _key_name(name: str) -> str:
 
 
 def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
-    """Keys that a caller brought, by BYOK name. Raises `InvalidRequestError` without showing a value."""
-    keys, out = {name: Secret(key) for name, key in keys.items()}, {}
-    for name, key in keys.items():
+    """Keys that a caller brought, by BYOK name; empty ones are none. Raises `InvalidRequestError`, showing no value."""
+    given, out = {name: Secret(key.strip()) for name, key in keys.items()}, {}
+    for name, key in given.items():
         if _key_name(name) not in BYOK_NAMES:
             known = ", ".join(sorted(BYOK_NAMES))
             raise InvalidRequestError(f"no provider takes a key by this name; known: {known}", param="provider_keys")
-        out[_key_name(name)] = _checked_key(key, f"provider_keys.{_key_name(name)}")
+        if key:
+            out[_key_name(name)] = _checked_key(Secret(key), f"provider_keys.{_key_name(name)}")
     return out
 
 
@@ -612,6 +626,7 @@ class Gateway:
         try:
             raw = providers.dumps(request.body) if method == "POST" else b""
         except ValueError:
+            providers.parse_request(request.body)  # says where
             raise InvalidRequestError("the request holds a number that JSON cannot") from None
         sent = providers.HTTPRequest(self.base_url + path, headers, raw, method)
         upstream = await self.transport.send(sent, "gateway")
@@ -678,14 +693,16 @@ class AsyncMessageStream:
         message = await stream.final()
     """
 
-    def __init__(self, opening: Coroutine[Any, Any, EventStream]) -> None:
-        self._opening = opening
+    def __init__(self, open: Callable[[], Awaitable[EventStream]]) -> None:
+        self._open = open
+        self._inside = False
         self._stream: EventStream | None = None
         self._total = Accumulator()
         self._events: collections.deque[StreamEvent] = collections.deque()
 
     async def __aenter__(self) -> AsyncMessageStream:
-        self._stream = await self._opening
+        self._stream = await self._open()
+        self._inside = True
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -701,7 +718,7 @@ class AsyncMessageStream:
 
     async def batch(self) -> list[StreamEvent]:
         """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
-        if self._stream is None:
+        if self._stream is None or not self._inside:
             raise RuntimeError("a stream is used inside `async with`")
         events = await anext(self._stream)
         for event in events:
@@ -740,7 +757,7 @@ class AsyncMessageStream:
 
     async def close(self) -> None:
         """Let go of the provider, at once if the answer is not whole."""
-        self._opening.close()
+        self._inside = False
         if self._stream is not None:
             self._stream.close()
 
@@ -765,7 +782,7 @@ class AsyncMessages:
 
     def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> AsyncMessageStream:
         """The answer as it comes; to be used with `async with`."""
-        return AsyncMessageStream(self._open(model, messages, fields))
+        return AsyncMessageStream(lambda: self._open(model, messages, fields))
 
     async def _open(self, model: str, messages: Messages, fields: RequestFields) -> EventStream:
         request, keys = self._client._prepare(model, messages, fields, stream=True)
@@ -844,6 +861,8 @@ class AsyncClient:
             try:
                 return await attempt()
             except Error as fault:
+                if self._closed:
+                    raise RuntimeError("the client was closed") from None
                 if tries == self._max_retries or not fault.retryable:
                     raise
                 pause = fault.retry_after if fault.retry_after is not None else min(8.0, 0.5 * 2**tries)
@@ -863,14 +882,16 @@ class _Portal:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._stopped = False
 
     @property
     def started(self) -> bool:
         return self._loop is not None
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
+    def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
+            if self._stopped:
+                raise RuntimeError("the client is closed")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="vai", daemon=True)
@@ -879,9 +900,15 @@ class _Portal:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end on the loop's thread; Ctrl-C here cancels it there."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._running())
+        except RuntimeError:
+            work.close()
+            raise
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the client was closed") from None
         except BaseException:
             if future.cancel():
                 with contextlib.suppress(concurrent.futures.CancelledError, Exception):
@@ -889,12 +916,23 @@ class _Portal:
             raise
 
     def stop(self) -> None:
+        """Cancel what still runs, and end the thread."""
         with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop and thread:
+            loop, thread, self._stopped = self._loop, self._thread, True
+        if loop and thread and loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._cancel_all(), loop).result(5)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(5)
             loop.close()
+        self._loop = None
+
+    @staticmethod
+    async def _cancel_all() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 class MessageStream:
@@ -1032,9 +1070,10 @@ class Client:
 
     def close(self) -> None:
         self._finalizer.detach()
-        if not self._async._closed:
+        if self._portal.started and not self._async._closed:
             self._portal.call(self._async.close())
-            self._portal.stop()
+        self._async._closed = True
+        self._portal.stop()
 
 
 def _forgotten(client: AsyncClient, portal: _Portal) -> None:
@@ -1180,7 +1219,5 @@ def _read_line(answered: asyncio.Future[str]) -> None:
     threading.Thread(target=read, name="vai-login", daemon=True).start()
 
 
-if __name__ == "__main__":
-    import vai
-
-    vai.main()
+if __name__ == "__main__":  # through the module, so that script and module are not two different things
+    importlib.import_module(f"{__package__}.vai" if __package__ else "vai").main()
