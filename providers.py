@@ -117,6 +117,7 @@ def _refuse(literal: str) -> Any:
 
 _strict = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
 _lenient = json.JSONDecoder(parse_int=float)
+_scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _strict).scan_once
 _encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
@@ -124,10 +125,16 @@ _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 def loads(data: bytes | str) -> Any:
     """JSON as RFC 8259 has it: no NaN, no number beyond a float's range. Any fault is a `ValueError`."""
     text = data.decode("utf-8-sig") if isinstance(data, (bytes, bytearray)) else data
+    text = text.strip(" \t\n\r")
     try:
-        return _strict.decode(text)
+        value, end = _scan(text, 0)  # what `decode` does, without its two searches for white space
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except StopIteration as fault:
+        raise json.JSONDecodeError("Expecting value", text, fault.value) from None
+    if end != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def dumps(value: Any) -> bytes:
@@ -728,6 +735,8 @@ class DocumentBlock(_Request):
         Discriminator(_source_kind),
     ]
     title: str | None = None
+    context: str | None = None
+    citations: JSON | None = None
     cache_control: JSON | None = None
 
     @property
@@ -845,7 +854,11 @@ class MessageParam(_Request):
 
     @property
     def blocks(self) -> list[Block]:
-        return [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
+        return self._spoken if isinstance(self.content, str) else self.content
+
+    @functools.cached_property
+    def _spoken(self) -> list[Block]:
+        return [TextBlock(text=str(self.content))]
 
 
 class FunctionTool(_Request):
@@ -928,7 +941,7 @@ class AudioOutput(_Request):
 
 
 class Output(_Request):
-    modalities: list[Literal["text", "image", "audio"]] = ["text"]
+    modalities: Annotated[list[Literal["text", "image", "audio"]], Field(min_length=1)] = ["text"]
     image: ImageOutput | None = None
     audio: AudioOutput | None = None
 
@@ -1147,7 +1160,7 @@ def _check_messages(request: MessageRequest) -> None:
     called: set[str] = set()
     answered: set[str] = set()
     for i, message in enumerate(request.messages):
-        for j, block in enumerate(message.blocks):
+        for j, block in enumerate(() if isinstance(message.content, str) else message.content):
             place = f"messages[{i}].content[{j}]"
             _check_role(message.role, block, place)
             _check_block(block, place)
@@ -1643,8 +1656,8 @@ def completion(arguments: str) -> str:
         for comma in (",", ""):
             suffix = f'{tail}{inner}{comma}"invalid_json":true}}'
             with contextlib.suppress(ValueError):
-                loads(arguments + suffix)
-                return suffix
+                if loads(arguments + suffix).get("invalid_json") is True:
+                    return suffix
     return ""
 
 
@@ -1831,7 +1844,9 @@ class EventBuilder:
     # -- the one place that knows what is open ----------------------------------------------------------------------
 
     def is_open(self, key: Any) -> bool:
-        return any(block.key == key and not block.closed for block in (self._open, *self._waiting) if block)
+        if self._open is not None and self._open.key == key:
+            return True
+        return any(block.key == key and not block.closed for block in self._waiting)
 
     def open(self, key: Any, block: ContentBlock) -> list[StreamEvent]:
         events: list[StreamEvent] = []
@@ -2005,6 +2020,7 @@ _EFFORTS_4_6 = ("low", "medium", "high", "max")
 _EFFORTS_4_7 = ("low", "medium", "high", "xhigh", "max")
 
 
+@functools.lru_cache(512)
 def claude_traits(model: str) -> Traits:
     """platform.claude.com/docs: thinking, effort, migration-2026-10-21 and the model pages."""
     found = _CLAUDE.match(model)
@@ -2042,6 +2058,7 @@ def claude_traits(model: str) -> Traits:
 _GPT = re.compile(r"gpt-(\d+)(?:\.(\d+))?(?P<rest>.*)")
 
 
+@functools.lru_cache(512)
 def openai_traits(model: str) -> Traits:
     """developers.openai.com: the model pages, reasoning guide and the 400s they document."""
     if re.match(r"o\d", model):
@@ -2076,6 +2093,7 @@ def openai_traits(model: str) -> Traits:
     return dataclasses.replace(reasons, efforts=efforts, tools="unreasoned")
 
 
+@functools.lru_cache(512)
 def groq_traits(model: str) -> Traits:
     """console.groq.com/docs/reasoning."""
     if "gpt-oss" in model:
@@ -2086,6 +2104,7 @@ def groq_traits(model: str) -> Traits:
     return Traits(() if re.match(r"(meta-)?llama|mixtral|gemma|moonshotai|groq/compound|compound", model) else None)
 
 
+@functools.lru_cache(512)
 def cerebras_traits(model: str) -> Traits:
     """inference-docs.cerebras.ai/capabilities/reasoning."""
     if "gpt-oss" in model:
@@ -2093,6 +2112,7 @@ def cerebras_traits(model: str) -> Traits:
     return Traits(() if model.startswith(("llama", "gemma")) else ("none", "low", "medium", "high"))
 
 
+@functools.lru_cache(512)
 def gemini_traits(model: str) -> Traits:
     """ai.google.dev/gemini-api/docs/thinking and the model pages."""
     found = re.match(r"gemini-(\d+)(?:\.(\d+))?(?P<rest>.*)", model)
@@ -2258,6 +2278,8 @@ class Adapter:
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
             request.drop("cache_control")
+        documents = [item for item in (*blocks, *inner) if isinstance(item, DocumentBlock)]
+        request.drop(*(name for name in ("context", "citations") if any(getattr(d, name) for d in documents)))
         for tool, given in zip(request.tools, request.body.get("tools") or (), strict=True):
             if isinstance(tool, FunctionTool):
                 request.drop(*(f"tools.{key}" for key in given.keys() - FunctionTool.model_fields.keys()))
@@ -2773,6 +2795,8 @@ class AnthropicDecoder(StreamDecoder):
             case "message_stop":
                 if not self.build.started:
                     raise ValueError("out of order")
+                sequence = self._stop.get("stop_sequence")
+                self._stop["stop_sequence"] = sequence if isinstance(sequence, str) else None
                 stop = self._stop | {"stop_reason": known_stop(self._stop.get("stop_reason"), self.build.index >= 0)}
                 return self.build.finish(usage=self._usage or make_usage(), **stop)
             case "error":
@@ -3865,6 +3889,8 @@ class Gemini(Adapter):
 
     def _tools(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
         declared = [gemini_tool(tool) for tool in request.functions]
+        if any(tool.strict for tool in request.functions):
+            request.drop("tools.strict")
         tools: list[JSON] = [{"functionDeclarations": declared}] if declared else []
         for kind, config in native_tools(request):
             if kind not in self.native_tools:
@@ -3919,6 +3945,8 @@ class Gemini(Adapter):
             config["imageConfig"] = {"aspectRatio": _aspect_ratio(output.image.size)} | large
         if output.image and output.image.quality:
             request.drop("output.image.quality")
+        if output.audio and output.audio.format:
+            request.drop("output.audio.format")
         return config
 
     def _thinking(self, request: MessageRequest, traits: Traits) -> JSON:
@@ -4551,6 +4579,9 @@ class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
     def __init__(self, response: aiohttp.ClientResponse, provider: str, idle: float, deadline: float) -> None:
+        import aiohttp
+
+        self._broken = (aiohttp.ClientError, OSError, ValueError, RuntimeError)
         self._response = response
         self._provider = provider
         self._idle = idle
@@ -4569,8 +4600,6 @@ class Upstream:
 
         aiohttp's own read timeout does not see a broken chunk size in mid-body, so the clock runs around the read.
         """
-        import aiohttp
-
         content = self._response.content
         try:
             if data := content.read_nowait():
@@ -4580,7 +4609,7 @@ class Upstream:
                 return await content.readany()
         except TimeoutError:
             raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError):
+        except self._broken:
             raise ProviderError(
                 f"{self._provider} broke the connection in mid-answer",
                 provider=self._provider,

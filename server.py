@@ -16,6 +16,8 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
+import functools
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -260,6 +262,7 @@ def _check_config(config: Config, sources: Mapping[str, str]) -> None:
         )
 
 
+@functools.lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine."""
     name = host.strip("[]").lower()
@@ -473,6 +476,7 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large
+    await _continue(request)
     part, parts, size = b"", [], 0
     try:
         async with asyncio.timeout(seconds):
@@ -494,6 +498,18 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+async def _continue(request: web.Request) -> None:
+    """Tell a caller that waits for a word to go on (RFC 9110, 10.1.1)."""
+    expected = request.headers.get("Expect", "")
+    if expected.lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+    elif expected:
+        wrong = InvalidRequestError("the only expectation known is 100-continue")
+        wrong.status = 417
+        raise wrong
 
 
 def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
@@ -592,19 +608,6 @@ class Gateway:
         exchange.provider, exchange.model = asked.provider, asked.model_name
         keys = provider_keys(request, caller, asked)
         return await (self._stream if asked.stream else self._create)(request, asked, keys)
-
-    async def expect(self, request: web.Request) -> web.StreamResponse | None:
-        """`Expect: 100-continue`: a body that is over the limit need not come at all."""
-        if (request.content_length or 0) > self.config.limits.max_body_bytes:
-            response = error_response(self._too_large())
-            response.force_close()
-            return response
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0
-        return None
-
-    def _too_large(self) -> Error:
-        return providers.RequestTooLargeError(f"the body is over {self.config.limits.max_body_bytes} bytes")
 
     def _check_counts(self, body: JSON) -> None:
         limits = self.config.limits
@@ -794,11 +797,15 @@ def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
     )
 
 
+async def _expect_nothing(request: web.Request) -> None:
+    """`Expect: 100-continue` is answered when the body is read, after everything that can be refused without it."""
+
+
 def make_app(config: Config, engine: vai.Direct) -> web.Application:
     gateway = Gateway(config, engine)
     app = web.Application(middlewares=[gateway.observe])
     app[GATEWAY] = gateway
-    app.router.add_post("/v1/messages", gateway.messages, expect_handler=gateway.expect)
+    app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
     app.router.add_get("/v1/models", gateway.models)
     app.router.add_get("/health", gateway.health)
     app.on_response_prepare.append(gateway.mark)
@@ -818,6 +825,9 @@ def warm_up(engine: vai.Direct) -> None:
     body = {"model": "openai/warm-up", "messages": [{"role": "user", "content": "."}]}
     answer = {"choices": [{"message": {"content": "."}, "finish_reason": "stop"}]}
     PROVIDERS["openai"].decode(answer, engine.parse(body)).to_wire()
+    gc.collect()
+    gc.freeze()  # what is here now stays; a collection need not look at it again
+    gc.set_threshold(10_000, 20, 20)
 
 
 async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:

@@ -333,6 +333,8 @@ class EventStream:
             try:
                 events += decoder.feed(sse)
             except ProviderError as fault:
+                if fault.code == "unreadable_answer" and decoder.ending:
+                    break
                 if fault.code == "unreadable_answer":
                     raise StreamTruncated(provider=fault.provider) from None
                 raise
@@ -541,8 +543,9 @@ def _key_name(name: str) -> str:
 
 def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
     """Keys that a caller brought, by BYOK name; empty ones are none. Raises `InvalidRequestError`, showing no value."""
-    given, out = {name: Secret(key.strip()) for name, key in keys.items()}, {}
-    for name, key in given.items():
+    keys = {name: Secret(key.strip()) for name, key in keys.items()}
+    out: dict[str, Secret] = {}
+    for name, key in keys.items():
         if _key_name(name) not in BYOK_NAMES:
             known = ", ".join(sorted(BYOK_NAMES))
             raise InvalidRequestError(f"no provider takes a key by this name; known: {known}", param="provider_keys")
