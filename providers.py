@@ -398,6 +398,7 @@ STATUS_ERRORS: dict[int, type[Error]] = {
 WORD_STATUS: dict[str, int] = {
     "model_not_found": 404,
     "server_is_overloaded": 503,
+    "server_overloaded": 503,
     "slow_down": 503,
     "content_policy_violation": 400,
     "bio_policy": 400,

@@ -479,7 +479,8 @@ def ordered(argument: str, default: int) -> Refusal:
 
 
 def compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair stays an escape
 
 
 def parsed(arguments: str) -> Json:

@@ -47,6 +47,11 @@ else:
     from . import providers, vai
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 
+__version__ = "0.1.0"
+if getattr(vai, "__version__", None) != __version__:
+    found = getattr(vai, "__version__", "unknown")
+    raise ImportError(f"server.py {__version__} needs its own vai.py; version {found} is at {vai.__file__}")
+
 logger = logging.getLogger("vai.server")
 access = logging.getLogger("vai.access")
 

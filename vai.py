@@ -46,10 +46,10 @@ else:
     from . import providers
     from .providers import *
 
-VERSION = "0.1.0"
-if getattr(providers, "__version__", None) != VERSION:
+__version__ = "0.1.0"
+if getattr(providers, "__version__", None) != __version__:
     found = getattr(providers, "__version__", "unknown")
-    raise ImportError(f"vai {VERSION} needs its own providers.py; version {found} is at {providers.__file__}")
+    raise ImportError(f"vai {__version__} needs its own providers.py; version {found} is at {providers.__file__}")
 
 __all__ = [
     *providers.__all__,
@@ -704,6 +704,8 @@ class AsyncMessageStream:
         self._events: collections.deque[StreamEvent] = collections.deque()
 
     async def __aenter__(self) -> AsyncMessageStream:
+        if self._stream is not None:
+            raise RuntimeError("a stream is used once")
         self._stream = await self._open()
         self._inside = True
         return self
@@ -716,10 +718,10 @@ class AsyncMessageStream:
 
     async def __anext__(self) -> StreamEvent:
         while not self._events:
-            self._events.extend(await self.batch())
+            self._events.extend(await self._batch())
         return self._events.popleft()
 
-    async def batch(self) -> list[StreamEvent]:
+    async def _batch(self) -> list[StreamEvent]:
         """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
         if self._stream is None or not self._inside:
             raise RuntimeError("a stream is used inside `async with`")
@@ -949,7 +951,12 @@ class MessageStream:
         self._ended = False
 
     def __enter__(self) -> MessageStream:
-        self._portal.call(self._async.__aenter__())
+        try:
+            self._portal.call(self._async.__aenter__())
+        except BaseException:  # Ctrl-C just when the stream was there
+            with contextlib.suppress(RuntimeError):
+                self._portal.call(self._async.close())
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -969,7 +976,7 @@ class MessageStream:
 
     async def _next_batch(self) -> list[StreamEvent]:
         try:
-            return await self._async.batch()
+            return await self._async._batch()
         except StopAsyncIteration:
             return []
 
