@@ -986,42 +986,38 @@ class MessageRequest(_Request):
     extensions: dict[str, JSON] = {}
     provider_keys: dict[str, str] = Field(default={}, repr=False)
 
-    _body: JSON = PrivateAttr(default_factory=dict)
-    _provider: str = PrivateAttr(default="")
-    _name: str = PrivateAttr(default="")
-    _headers: dict[str, str] = PrivateAttr(default_factory=dict)
-    _dropped: list[str] = PrivateAttr(default_factory=list)
-    _retried: bool = PrivateAttr(default=False)
+    # What `parse_request` finds out stands in the instance's own dict, where reading it costs nothing.
 
-    @property
+    @functools.cached_property
     def body(self) -> JSON:
-        return self._body
+        """What the caller sent, but for `provider_keys`."""
+        return {}
 
-    @property
+    @functools.cached_property
     def provider(self) -> str:
         """The provider id: what stands before the first `/` of the model."""
-        return self._provider
+        return split_model(self.model)[0]
 
-    @property
+    @functools.cached_property
     def model_name(self) -> str:
         """The provider's own name for the model."""
-        return self._name
+        return split_model(self.model)[1]
 
-    @property
+    @functools.cached_property
     def headers(self) -> dict[str, str]:
         """The caller's `anthropic-version` and `anthropic-beta`, by lower-case name."""
-        return self._headers
+        return {}
 
-    @property
+    @functools.cached_property
     def dropped(self) -> list[str]:
         """Advisory fields that the provider does not take, filled by `encode`."""
-        return self._dropped
+        return []
 
     def drop(self, *fields: str) -> None:
         """Leave a field out, and say so. `signature` stands for all reasoning carried over from earlier turns."""
-        self._dropped += [name for name in fields if name not in self._dropped]
+        self.dropped += [name for name in fields if name not in self.dropped]
         if "signature" in fields:
-            for message, given in zip(self.messages, self._body["messages"], strict=True):
+            for message, given in zip(self.messages, self.body["messages"], strict=True):
                 if isinstance(message.content, list):
                     kept = [not isinstance(block, (ThinkingBlock, RedactedThinkingBlock)) for block in message.content]
                     message.content = list(itertools.compress(message.content, kept))
@@ -1107,10 +1103,10 @@ def parse_request(
         raise _validation_error(fault, given) from None
     except RecursionError:
         raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
-    request._body = {key: value for key, value in given.items() if key != "provider_keys"}
-    request._body["messages"] = [dict(message) for message in given["messages"]]
-    request._headers = dict(headers or {})
-    request._provider, request._name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
+    provider, name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
+    kept = {key: value for key, value in given.items() if key != "provider_keys"}
+    kept["messages"] = [dict(message) for message in given["messages"]]
+    request.__dict__ |= {"body": kept, "provider": provider, "model_name": name, "headers": dict(headers or {})}
     _check_messages(request)
     _check_tools(request)
     _check_options(request)

@@ -347,12 +347,20 @@ def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageReques
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
 
+_log_line = json.JSONEncoder(default=str).encode
+
+
+@functools.lru_cache(4)
+def _second(moment: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+
+
 class JSONFormatter(logging.Formatter):
     """One JSON object a line. Of an exception only its type and where it was raised: its message may hold content."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: JSON = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": providers.redact(record.getMessage()),
@@ -363,7 +371,7 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[0]:
             line["exception"] = record.exc_info[0].__name__
             line["stack"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][-8:]
-        return json.dumps(line, ensure_ascii=True, default=str)
+        return _log_line(line)
 
 
 class TextFormatter(JSONFormatter):
@@ -387,6 +395,7 @@ def configure_logs(config: LogSection) -> None:
     style = config.format or ("text" if sys.stderr.isatty() else "json")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

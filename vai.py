@@ -494,6 +494,7 @@ class Direct:
         A request is repeated once without an advisory field that was refused, and once with a fresh token.
         """
         refused: str | None = None
+        mended = False
         for _ in range(3):
             credential = await self.credential(adapter, request, keys, refused)
             sent = adapter.encode(request, credential, self.base_urls[adapter.id], self.max_tokens)
@@ -503,8 +504,8 @@ class Direct:
             fault = await self._fault(upstream, adapter, credential)
             if upstream.status == 401 and credential.renewable and refused is None:
                 refused = credential.key
-            elif (name := adapter.refused_field(fault, request, sent)) and not request._retried:
-                request._retried = True
+            elif (name := adapter.refused_field(fault, request, sent)) and not mended:
+                mended = True
                 request.drop(name)
             else:
                 raise fault
