@@ -3203,7 +3203,8 @@ class ChatDecoder(StreamDecoder):
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         if chunk.get("error"):
             fault = chunk["error"] if isinstance(chunk["error"], dict) else {"message": chunk["error"]}
-            raise stream_error(self.provider, {"status_code": chunk.get("status_code")} | fault)
+            status = {"status_code": chunk["status_code"]} if chunk.get("status_code") else {}  # Cerebras
+            raise stream_error(self.provider, status | fault)
         extra = chunk.get("x_groq") or {}
         if extra.get("error"):
             raise stream_error(self.provider, extra["error"])
@@ -3215,6 +3216,8 @@ class ChatDecoder(StreamDecoder):
             if choice.get("index"):
                 continue  # n > 1, which only `extensions` can ask for: the first is the answer
             events += self.build.start(chunk.get("id"), chunk.get("model") or self.request.model_name)
+            if choice.get("message", {}) is None:
+                raise ValueError("no message in a whole answer")
             events += self._delta(choice.get("delta") or choice.get("message") or {})
             if reason := choice.get("finish_reason"):
                 self._stop_reason = CHAT_STOP_REASONS.get(reason) or self._unknown_stop(reason)
