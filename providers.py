@@ -52,15 +52,18 @@ __all__ = [
     "Accumulator",
     "Adapter",
     "AuthenticationError",
+    "CitationsDelta",
     "ContentBlock",
     "ContentBlockDelta",
     "ContentBlockStart",
     "ContentBlockStop",
     "Credential",
+    "Delta",
     "Error",
     "EventBuilder",
     "GoogleLogin",
     "HTTPRequest",
+    "InputJSONDelta",
     "InvalidRequestError",
     "Media",
     "Message",
@@ -70,6 +73,7 @@ __all__ = [
     "MessageStop",
     "NotFoundError",
     "OtherBlock",
+    "OtherDelta",
     "OverloadedError",
     "PermissionDeniedError",
     "Ping",
@@ -79,11 +83,13 @@ __all__ = [
     "RequestTooLargeError",
     "SSEDecoder",
     "Secret",
+    "SignatureDelta",
     "StreamDecoder",
     "StreamEvent",
     "StreamTruncated",
     "Text",
     "TextDelta",
+    "ThinkingDelta",
     "ThinkingText",
     "Timeouts",
     "ToolUse",
@@ -257,6 +263,7 @@ class Error(Exception):
         self.provider_error = provider_error
         self.retry_after = retry_after
         self.request_id = request_id
+        self.block: Any = None  # the block of the request that is at fault, until its place is known
         self.begun = False  # the answer had begun: asking again would be paid for twice
 
     @property
@@ -627,14 +634,22 @@ def _retry_info(fault: JSON) -> int | None:
 
 
 def unsupported(
-    feature: str, provider: str, have: Iterable[str] = (), *, param: str | None = None, hint: str = ""
+    feature: str,
+    provider: str,
+    have: Iterable[str] = (),
+    *,
+    param: str | None = None,
+    hint: str = "",
+    block: Any = None,
 ) -> Error:
-    """The 400 for what a provider has no form for, naming those that have."""
+    """The 400 for what a provider has no form for, naming those that have. `block` is where it stands."""
     others = ", ".join(have)
     message = f"{provider} does not support {feature}"
     message += f"; providers that do: {others}" if others else ""
     message += f"; {hint}" if hint else ""
-    return InvalidRequestError(message, code="unsupported_feature", param=param, provider=provider)
+    fault = InvalidRequestError(message, code="unsupported_feature", param=param, provider=provider)
+    fault.block = block
+    return fault
 
 
 # == The request =======================================================================================================
@@ -707,8 +722,13 @@ class ContentSource(_Request):
         return "\n".join(str(b["text"]) for b in self.content if isinstance(b, dict) and "text" in b)
 
 
+def _type_of(value: Any) -> Any:
+    """The `type` of what may be an object or a model."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
 def _source_kind(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     return f"#{kind}" if isinstance(kind, str) else None
 
 
@@ -817,7 +837,7 @@ class ServerBlock(_Request):
 
 
 def _block_kind(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     if not isinstance(kind, str):
         return None
     return f"#{kind}" if kind in _BLOCK_KINDS else "#server" if SERVER_BLOCK.fullmatch(kind) else None
@@ -889,7 +909,7 @@ class ServerTool(_Request):
 
 
 def _tool_kind(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     if kind is None or kind in ("custom", "function"):
         return "#function"
     if not isinstance(kind, str):
@@ -1084,6 +1104,19 @@ class MessageRequest(_Request):
         return {call.id: call.name for call in calls}
 
 
+def place_of(request: MessageRequest, wanted: Any) -> str | None:
+    """Where a block stands in the request: `messages[2].content[0]`."""
+    for i, message in enumerate(request.messages if wanted is not None else ()):
+        for j, block in enumerate(message.content):
+            if block is wanted:
+                return f"messages[{i}].content[{j}]"
+            inner = block.content if isinstance(block, ToolResultBlock) else ()
+            for k, part in enumerate(inner):
+                if part is wanted:
+                    return f"messages[{i}].content[{j}].content[{k}]"
+    return None
+
+
 LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 BUDGET_LEVELS = ((4_096, "low"), (12_288, "medium"), (math.inf, "high"))
 LEVEL_BUDGETS = {"minimal": 1_024, "low": 2_048, "medium": 8_192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
@@ -1127,6 +1160,22 @@ def split_model(model: str, aliases: Iterable[str] = ()) -> tuple[str, str]:
     return provider, name
 
 
+FAULTS = {  # pydantic's types of error, in words that need no Python
+    "missing": "is required",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": "does not have the right form",
+    "extra_forbidden": "no such setting",
+}
+
+
 def _validation_error(fault: ValidationError, body: JSON) -> Error:
     """The first complaint, at its place in the caller's body: union tags, which pydantic adds to the path, fall out."""
     first = fault.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -1143,14 +1192,21 @@ def _validation_error(fault: ValidationError, body: JSON) -> Error:
             path.append(step)
     param = _join(path)
     if param == "model":
-        return InvalidRequestError(f"model must be a string, 'provider/model' ({first['msg']})", param=param)
+        return InvalidRequestError("model: must be a string in the form 'provider/model'", param=param)
+    said = FAULTS.get(first["type"], first["msg"][:300])
+    if first["type"] == "string_type" and "#string" in first["loc"]:
+        said = "must be a string or a list of blocks"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = value.get("type") if isinstance(value, dict) else None
         if not isinstance(value, dict):
             return InvalidRequestError(f"{param}: must be an object", param=param)
         message = "is required" if kind is None else f"unknown type {str(kind)[:50]!r}"
         return InvalidRequestError(f"{param}.type: {_printable(message)}", param=f"{param}.type")
-    return InvalidRequestError(f"{param}: {first['msg'][:300]}" if param else "the body must be an object", param=param)
+    return InvalidRequestError(f"{param}: {said}" if param else "the body must be an object", param=param)
+
+
+def _nothing_said() -> Error:
+    return InvalidRequestError("messages: nothing but empty text", param="messages")
 
 
 def _check_messages(request: MessageRequest) -> None:
@@ -1225,7 +1281,7 @@ def _check_options(request: MessageRequest) -> None:
     if thinking and thinking.type == "enabled" and thinking.budget_tokens is None:
         raise InvalidRequestError("thinking.budget_tokens: is required", param="thinking.budget_tokens")
     if request.voice is not None:
-        raise unsupported("voice", "this version of vai", param="voice")
+        raise InvalidRequestError("voice is not supported yet", code="unsupported_feature", param="voice")
     if request.output_format and request.json_schema in (None, {}):
         raise InvalidRequestError("output_format.json_schema: is required", param="output_format.json_schema")
     for provider, extra in request.extensions.items():
@@ -1288,7 +1344,7 @@ class OtherBlock(_Response):
 
 
 def _content_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     return kind if kind in ("text", "tool_use", "thinking") else "media" if kind in ("image", "audio") else "other"
 
 
@@ -1382,31 +1438,31 @@ def make_usage(prompt: Any = 0, output: Any = 0, *, cached: Any = 0, written: An
 @dataclass(slots=True)
 class TextDelta:
     text: str
-    type: ClassVar = "text_delta"
+    type: ClassVar[Literal["text_delta"]] = "text_delta"
 
 
 @dataclass(slots=True)
 class InputJSONDelta:
     partial_json: str
-    type: ClassVar = "input_json_delta"
+    type: ClassVar[Literal["input_json_delta"]] = "input_json_delta"
 
 
 @dataclass(slots=True)
 class ThinkingDelta:
     thinking: str
-    type: ClassVar = "thinking_delta"
+    type: ClassVar[Literal["thinking_delta"]] = "thinking_delta"
 
 
 @dataclass(slots=True)
 class SignatureDelta:
     signature: str
-    type: ClassVar = "signature_delta"
+    type: ClassVar[Literal["signature_delta"]] = "signature_delta"
 
 
 @dataclass(slots=True)
 class CitationsDelta:
     citation: JSON
-    type: ClassVar = "citations_delta"
+    type: ClassVar[Literal["citations_delta"]] = "citations_delta"
 
 
 @dataclass(slots=True)
@@ -1426,7 +1482,7 @@ Delta: TypeAlias = TextDelta | InputJSONDelta | ThinkingDelta | SignatureDelta |
 @dataclass(slots=True)
 class MessageStart:
     message: Message
-    type: ClassVar = "message_start"
+    type: ClassVar[Literal["message_start"]] = "message_start"
 
     def to_wire(self) -> JSON:
         return {"type": self.type, "message": self.message.to_wire()}
@@ -1436,7 +1492,7 @@ class MessageStart:
 class ContentBlockStart:
     index: int
     content_block: ContentBlock
-    type: ClassVar = "content_block_start"
+    type: ClassVar[Literal["content_block_start"]] = "content_block_start"
 
     def to_wire(self) -> JSON:
         return {"type": self.type, "index": self.index, "content_block": self.content_block.to_wire()}
@@ -1446,7 +1502,7 @@ class ContentBlockStart:
 class ContentBlockDelta:
     index: int
     delta: Delta
-    type: ClassVar = "content_block_delta"
+    type: ClassVar[Literal["content_block_delta"]] = "content_block_delta"
 
     def to_wire(self) -> JSON:
         delta = self.delta
@@ -1459,7 +1515,7 @@ class ContentBlockDelta:
 @dataclass(slots=True)
 class ContentBlockStop:
     index: int
-    type: ClassVar = "content_block_stop"
+    type: ClassVar[Literal["content_block_stop"]] = "content_block_stop"
 
     def to_wire(self) -> JSON:
         return {"type": self.type, "index": self.index}
@@ -1471,7 +1527,7 @@ class MessageDelta:
 
     delta: JSON
     usage: Usage
-    type: ClassVar = "message_delta"
+    type: ClassVar[Literal["message_delta"]] = "message_delta"
 
     @property
     def stop_reason(self) -> str | None:
@@ -1483,7 +1539,7 @@ class MessageDelta:
 
 @dataclass(slots=True)
 class MessageStop:
-    type: ClassVar = "message_stop"
+    type: ClassVar[Literal["message_stop"]] = "message_stop"
 
     def to_wire(self) -> JSON:
         return {"type": self.type}
@@ -1491,7 +1547,7 @@ class MessageStop:
 
 @dataclass(slots=True)
 class Ping:
-    type: ClassVar = "ping"
+    type: ClassVar[Literal["ping"]] = "ping"
 
     def to_wire(self) -> JSON:
         return {"type": self.type}
@@ -1745,8 +1801,11 @@ class _OpenBlock:
     closed: bool = False
 
 
+INVENTED_ID = "toolu_vai_"  # begins the ids of calls to which a provider gave none
+
+
 class EventBuilder:
-    """Writes SPEC's grammar of events, once for all adapters: blocks from 0, one open at a time, none reopened.
+    """Writes the grammar of events, once for all adapters: blocks from 0, one open at a time, none reopened.
 
     A block has a `key` of the adapter's choosing. While one block is open, later ones wait; text and thinking end when
     something else begins, a tool call when its arguments are whole.
@@ -1918,9 +1977,6 @@ class EventBuilder:
         taken = str(id) if good else INVENTED_ID + secrets.token_hex(10)
         self._ids.add(taken)
         return taken
-
-
-INVENTED_ID = "toolu_vai_"
 
 
 def _is_text(piece: Any) -> bool:
@@ -2189,6 +2245,10 @@ class Adapter:
         """The provider's request. Fills `request.dropped`; raises `InvalidRequestError` (`unsupported_feature`)."""
         try:
             return self._encode(request, credential, base_url, max_tokens)
+        except InvalidRequestError as fault:
+            fault.param = place_of(request, fault.block) or fault.param
+            fault.block = None
+            raise
         except ValueError:  # of `dumps`: a number that JSON does not have, which only a script can pass
             param = _join(_nonfinite(request.body) or ())
             raise InvalidRequestError("must be a finite number", param=param) from None
@@ -2230,11 +2290,11 @@ class Adapter:
 
     # -- what encoders share ----------------------------------------------------------------------------------------
 
-    def refuse(self, feature: str, capability: str, param: str | None = None) -> Error:
+    def refuse(self, feature: str, capability: str, param: str | None = None, block: Any = None) -> Error:
         have = [p.id for p in PROVIDERS.values() if capability in p.capabilities or capability in p.native_tools]
         if not have and param == "tools":
             have = ["anthropic"]  # a tool by Anthropic's own name
-        return unsupported(feature, self.id, [id for id in have if id != self.id], param=param)
+        return unsupported(feature, self.id, [id for id in have if id != self.id], param=param, block=block)
 
     def level(self, request: MessageRequest) -> str | None:
         """The reasoning effort to send; None to send none."""
@@ -2600,7 +2660,7 @@ class Anthropic(Adapter):
         return given
 
     def _think(self, request: MessageRequest, traits: Traits, body: JSON) -> None:
-        """`thinking` and effort in the words of this model (WIRE of each Claude generation)."""
+        """`thinking` and effort in the words of this model, whichever generation of Claude it is."""
         config = dict(body.get("output_config") or {})
         if "output_config.effort" in request.dropped:
             config.pop("effort", None)
@@ -2694,7 +2754,7 @@ def anthropic_messages(request: MessageRequest) -> list[JSON]:
         if content and (not isinstance(content, str) or content.strip()):
             out.append(given if content is given["content"] else {**given, "content": content})
     if not out:
-        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+        raise _nothing_said()
     return out
 
 
@@ -2716,7 +2776,7 @@ def _anthropic_block(role: str, block: Block, given: JSON) -> JSON | None:
             return None
         case AudioBlock() | VideoBlock():
             kind = "audio_input" if isinstance(block, AudioBlock) else "video"
-            raise PROVIDERS["anthropic"].refuse(f"{block.type} input", kind, "messages")
+            raise PROVIDERS["anthropic"].refuse(f"{block.type} input", kind, "messages", block)
         case ToolUseBlock(id=id) if not ANTHROPIC_ID.fullmatch(id):
             return {**given, "id": portable_id(id)}
         case ToolResultBlock(tool_use_id=id) if not ANTHROPIC_ID.fullmatch(id):
@@ -2757,7 +2817,7 @@ def anthropic_usage(usage: Any, before: Mapping[str, Any] | None = None) -> JSON
 
 
 def known_stop(reason: Any, content: bool) -> str:
-    """A stop reason of SPEC's list: what is none is `end_turn` with content, and no answer without."""
+    """A stop reason of the canonical list: what is none is `end_turn` with content, and no answer without."""
     if reason in STOP_REASONS:
         return str(reason)
     if not content:
@@ -3028,7 +3088,7 @@ def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> l
             out += _chat_held(media, held)
     out += _chat_held(media, held)
     if not any(message["role"] != system_role for message in out):
-        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+        raise _nothing_said()
     return out
 
 
@@ -3106,7 +3166,7 @@ def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
     """A block as user content: nothing for what has no form in history, an error for what is meant to be read."""
     match block:
         case ServerBlock(type="container_upload"):
-            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages", block=block)
         case TextBlock(text=text):
             return [{"type": "text", "text": text}] if text else []
         case ImageBlock(source=Base64Source(data_url=url)):
@@ -3114,10 +3174,12 @@ def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
         case ImageBlock(source=URLSource(url=url)) if adapter.image_urls:
             return [{"type": "image_url", "image_url": {"url": url}}]
         case ImageBlock(source=FileSource()):
-            raise unsupported("an image by file id", adapter.id, ["anthropic", "oai-resp", "gemini"], param="messages")
+            raise unsupported(
+                "an image by file id", adapter.id, ["anthropic", "oai-resp", "gemini"], param="messages", block=block
+            )
         case ImageBlock():
             others = [id for id, other in PROVIDERS.items() if "vision" in other.capabilities and id != adapter.id]
-            raise unsupported("an image by URL", adapter.id, others, param="messages")
+            raise unsupported("an image by URL", adapter.id, others, param="messages", block=block)
         case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
             return [{"type": "text", "text": text}]
         case DocumentBlock(source=Base64Source(data_url=url)) if adapter.pdf:
@@ -3126,16 +3188,16 @@ def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
             return [{"type": "file", "file": {"file_id": id}}]
         case DocumentBlock(source=URLSource()) if adapter.pdf:
             others = ["anthropic", "oai-resp", "gemini", "gemini-oauth"]
-            raise unsupported("a document by URL", adapter.id, others, param="messages")
+            raise unsupported("a document by URL", adapter.id, others, param="messages", block=block)
         case DocumentBlock():
-            raise adapter.refuse("a document", "documents", "messages")
+            raise adapter.refuse("a document", "documents", "messages", block)
         case AudioBlock(source=source):
             spoken = AUDIO_FORMATS.get(source.media_type.partition(";")[0].strip().lower())
             if not adapter.audio or not spoken:
-                raise adapter.refuse(f"{source.media_type} input", "audio_input", "messages")
+                raise adapter.refuse(f"{source.media_type} input", "audio_input", "messages", block)
             return [{"type": "input_audio", "input_audio": {"data": source.data, "format": spoken}}]
         case VideoBlock():
-            raise adapter.refuse("video input", "video", "messages")
+            raise adapter.refuse("video input", "video", "messages", block)
     return []
 
 
@@ -3478,7 +3540,7 @@ def response_items(request: MessageRequest, adapter: Adapter) -> list[JSON]:
             plain = len(parts) == 1 and parts[0]["type"] == "input_text"
             out.append({"role": role, "content": parts[0]["text"] if plain else parts})
     if not out:
-        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+        raise _nothing_said()
     return out
 
 
@@ -3569,7 +3631,7 @@ def _response_output(block: ToolResultBlock, kinds: Mapping[str, str], adapter: 
 def response_parts(block: Block, adapter: Adapter) -> list[JSON]:
     match block:
         case ServerBlock(type="container_upload"):
-            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages", block=block)
         case TextBlock(text=text):
             return [{"type": "input_text", "text": text}] if text else []
         case ImageBlock(source=Base64Source(data_url=url) | URLSource(url=url)):
@@ -3586,7 +3648,7 @@ def response_parts(block: Block, adapter: Adapter) -> list[JSON]:
             return [{"type": "input_file", "file_id": id}]
         case AudioBlock() | VideoBlock():
             kind = "audio_input" if isinstance(block, AudioBlock) else "video"
-            raise adapter.refuse(f"{block.type} input", kind, "messages")
+            raise adapter.refuse(f"{block.type} input", kind, "messages", block)
     return []
 
 
@@ -4040,7 +4102,7 @@ def gemini_contents(request: MessageRequest, adapter: Adapter, traits: Traits) -
         elif modern and (first := next((part for part in content["parts"] if "functionCall" in part), None)):
             first.setdefault("thoughtSignature", UNSIGNED_CALL)
     if not contents:
-        raise InvalidRequestError("messages: nothing but empty text", param="messages")
+        raise _nothing_said()
     return contents
 
 
@@ -4095,7 +4157,7 @@ def _gemini_result(block: ToolResultBlock, names: Mapping[str, str], adapter: Ad
 def gemini_parts(block: Block, adapter: Adapter) -> list[JSON]:
     match block:
         case ServerBlock(type="container_upload"):
-            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages")
+            raise unsupported("container_upload", adapter.id, ["anthropic"], param="messages", block=block)
         case TextBlock(text=text):
             return [{"text": text}] if text else []
         case DocumentBlock(text=str(text)) | SearchResultBlock(text=text):
@@ -4745,7 +4807,7 @@ class GoogleLogin:
             saved = loads(self.path.read_bytes())
         except FileNotFoundError:
             raise AuthenticationError(
-                "no credentials for gemini-oauth: run `python vai.py login gemini-oauth`", provider="gemini-oauth"
+                "no credentials for gemini-oauth: run `vai login gemini-oauth`", provider="gemini-oauth"
             ) from None
         except (OSError, ValueError):
             raise AuthenticationError(
@@ -4777,7 +4839,7 @@ class GoogleLogin:
             refused = upstream.status in (200, 400, 401, 403)
             fault = self._refusal(upstream, await upstream.read_some(), form.values(), 401 if refused else None)
         if refused:
-            fault.message += "; log in again: `python vai.py login gemini-oauth`"
+            fault.message += "; log in again: `vai login gemini-oauth`"
             fault.args = (fault.message,)
         raise fault
 

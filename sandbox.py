@@ -35,7 +35,8 @@ The last text of the user may hold directives; what they do not mention is left 
     [slow 0.2]                     seconds between two events
     [wait 3]                       seconds before the headers
 
-Without any: tool results are quoted, structured output gets a minimal valid instance, a forced tool is called with one,
+Without any: tool results are quoted, structured output gets a minimal valid instance, a tool that is forced or that the
+prompt speaks of (`get_weather`: "weather") is called with one,
 and anything else gets a short friendly answer.
 
 Code Assist login: `/oauth/authorize` sends the browser back with a code at once, `/oauth/token` checks PKCE and issues
@@ -389,11 +390,24 @@ def staged(prompt: Prompt, name: str, argument: str) -> Iterator[Step]:
         yield Step(name, argument)
 
 
+def forbids_tools(body: Json) -> bool:
+    choice, mode = body.get("tool_choice"), sub(body, "toolConfig", "functionCallingConfig").get("mode")
+    return choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none") or mode == "NONE"
+
+
+def mentioned(tools: Mapping[str, Any], text: str) -> str | None:
+    """The tool that the words of the prompt ask for: "weather" asks for `get_weather`."""
+    words = {word.lower() for word in WORD.findall(text)}
+    return next((name for name in tools if words & {part for part in re.split(r"[_-]", name) if len(part) > 4}), None)
+
+
 def fallback(prompt: Prompt, text: str) -> list[Step]:
     """The answer where no directive says one."""
     results = prompt.turns[-1].results if prompt.turns else ()
     if prompt.forced and not results:
         return [Step("tool", compact(example(prompt.tools.get(prompt.forced, {}))), prompt.forced)]
+    if not results and not forbids_tools(prompt.call.body) and (tool := mentioned(prompt.tools, text)):
+        return [Step("tool", compact(example(prompt.tools[tool])), tool)]
     if prompt.schema is not None:
         return [Step("say", compact(example(prompt.schema, seed=text)))]
     if "image" in prompt.offers and prompt.call.provider != "oai-resp":

@@ -157,7 +157,9 @@ OPTIONS = (
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="server.py", description="vai's gateway: any model behind one API.")
+    parser = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name, description="vai's gateway: any model behind one API."
+    )
     for option in OPTIONS:
         if option.flag == "--allow-open":
             parser.add_argument(option.flag, dest=option.path, action="store_const", const="true", help=option.help)
@@ -227,8 +229,11 @@ def _parsed(path: str, value: str) -> Any:
     """`auth.keys` from the environment: `key` or `name=key`, comma-separated."""
     if path != "auth.keys":
         return value
-    pairs = [item.strip().rpartition("=") for item in value.split(",") if item.strip()]
-    return [{"key": key, "name": name or f"key{number}"} for number, (name, _, key) in enumerate(pairs, 1)]
+    keys = []
+    for number, item in enumerate((item.strip() for item in value.split(",") if item.strip()), 1):
+        named = re.fullmatch(r"([A-Za-z0-9._-]{1,64})=(?!=*$)(.+)", item)  # not the padding of a base64 key
+        keys.append({"name": named[1], "key": named[2]} if named else {"name": f"key{number}", "key": item})
+    return keys
 
 
 def _place(tree: JSON, path: str, value: Any) -> None:
@@ -243,7 +248,7 @@ def _config_error(fault: ValidationError, sources: Mapping[str, str]) -> ConfigE
     path = ".".join(str(step) for step in first["loc"])
     given = (name for prefix, name in sources.items() if prefix and f"{path}.".startswith(f"{prefix}."))
     source = next(given, sources.get("", "vai.toml"))
-    reason = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+    reason = providers.FAULTS.get(first["type"], first["msg"])
     return ConfigError(f"{source}: {path}: {reason}")
 
 
@@ -382,9 +387,11 @@ class TextFormatter(JSONFormatter):
         line: JSON = json.loads(super().format(record))
         if record.name == access.name:
             tokens = f" {line['input_tokens']}→{line['output_tokens']} tokens" if "output_tokens" in line else ""
-            model = f" {line['model']}" if line.get("model") else ""
+            model = f" {line['provider']}/{line['model']}" if line.get("model") else ""
             path = json.dumps(line["path"])[1:-1]
-            what = f"{line['method']} {path}{model}{tokens}"
+            why = f" {line.get('code') or line['error']}" if line.get("error") else ""
+            who = f" for {line['caller']}" if line.get("caller") else ""
+            what = f"{line['method']} {path}{model}{tokens}{why}{who}"
             return f"{clock} {line['status']} {line['duration_ms']:>6} ms  {what}  {line.get('request_id', '')}"
         extra = "".join(f"\n    {place}" for place in line.get("stack", ()))
         return f"{clock} {line['level'].upper()} {line['message']}{extra}"
@@ -696,7 +703,8 @@ class Gateway:
         rows = [row.model_dump() for row in listed.providers if provider in (None, row.id)]
         if capability is not None:
             rows = [r for r in rows if r["capabilities"].get(capability) or capability in r["native_tools"]]
-        return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}})
+        none: JSON = {"data": [], "has_more": False}  # Anthropic's SDKs look for a catalogue here, which vai has not
+        return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}} | none)
 
     async def health(self, request: web.Request) -> web.Response:
         state: JSON = {
@@ -859,15 +867,17 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
             os._exit(0)
         stopped.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
+    with contextlib.suppress(NotImplementedError):  # Windows
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
     try:
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
         try:
             await site.start()
         except OSError as fault:
-            raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {fault.strerror}") from None
+            reason = os.strerror(fault.errno) if fault.errno else str(fault)
+            raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {reason}") from None
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         banner(f"http://{host}:{runner.addresses[0][1]}", gateway)
         await stopped.wait()

@@ -9,7 +9,7 @@
 Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
-    content helpers · what a caller may pass · engines (direct, gateway) · the asynchronous client ·
+    content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
     the synchronous client · the command line
 """
 
@@ -57,10 +57,14 @@ __all__ = [
     "AsyncMessageStream",
     "Client",
     "Direct",
-    "Gateway",
+    "EventStream",
     "MessageStream",
+    "Messages",
     "Models",
     "ProviderInfo",
+    "Remote",
+    "RequestFields",
+    "Turn",
     "audio",
     "document",
     "image",
@@ -125,7 +129,10 @@ def document(source: Source, media_type: str | None = None, *, title: str | None
     return {"type": "document", "source": given} | ({"title": title} if title else {})
 
 
-def tool_result(tool_use_id: str, content: Any = "", *, is_error: bool = False) -> JSON:
+RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
+
+
+def tool_result(tool_use_id: str, content: object = "", *, is_error: bool = False) -> JSON:
     """The answer to a `tool_use`: text, blocks, or anything that JSON can hold."""
     plain = _plain(content)
     blocks = isinstance(plain, list) and all(isinstance(b, dict) and b.get("type") in RESULT_BLOCKS for b in plain)
@@ -133,9 +140,6 @@ def tool_result(tool_use_id: str, content: Any = "", *, is_error: bool = False) 
         plain = json.dumps(plain, ensure_ascii=False)
     block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": plain}
     return block | ({"is_error": True} if is_error else {})
-
-
-RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
 
 
 def _source(source: Source, media_type: str | None, default: str) -> JSON:
@@ -165,7 +169,7 @@ Messages: TypeAlias = str | Sequence[Turn]
 
 
 class RequestFields(TypedDict, total=False):
-    """The fields of a request beside `model` and `messages`; see the README's table."""
+    """The fields of a request beside `model` and `messages`: Anthropic's, and a few of vai's own."""
 
     max_tokens: int
     system: str | Sequence[Block]
@@ -220,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 # == Engines ===========================================================================================================
-# An engine turns a request into an answer: `Direct` asks the provider, `Gateway` asks a vai gateway. Clients and the
+# An engine turns a request into an answer: `Direct` asks the provider, `Remote` asks a vai gateway. Clients and the
 # gateway itself are written against this shape; everything that differs between the two modes is here.
 
 
@@ -482,7 +486,7 @@ class Direct:
             return Credential(self.keys[adapter.id], own=self.own_keys, project=self.login.project)
         if adapter.id == "gemini-oauth" and self._logs_in:
             return await self.login.credential(self.transport, self.base_urls[adapter.id], refused=refused)
-        where = " or ".join(adapter.key_env) or "credentials (`python vai.py login gemini-oauth`)"
+        where = " or ".join(adapter.key_env) or "credentials (`vai login gemini-oauth`)"
         message = f"no key for {adapter.id}: set {where}, or bring one as provider_keys.{adapter.id}"
         raise AuthenticationError(message, provider=adapter.id, code="no_provider_key")
 
@@ -525,12 +529,13 @@ def _base_url(adapter: Adapter, given: Mapping[str, str], environ: Mapping[str, 
         (f"base_urls.{adapter.id}", given.get(adapter.id)),
         *((name, environ.get(name)) for name in adapter.url_env),
     ]
-    for name, url in named:
-        if url and url.strip():
-            if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url.strip()):
-                raise InvalidRequestError(f"{name}: not an http(s) URL", param=name)
-            return url.strip().rstrip("/")
-    return adapter.base_url
+    return next((_http_url(name, url) for name, url in named if url and url.strip()), adapter.base_url)
+
+
+def _http_url(name: str, url: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url.strip()):
+        raise InvalidRequestError(f"{name}: not an http(s) URL", param=name)
+    return url.strip().rstrip("/")
 
 
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
@@ -572,7 +577,7 @@ class _GatewayRequest:
         self.tool_names: dict[str, str] = {}
 
 
-class Gateway:
+class Remote:
     """Asks a vai gateway. Its answers are canonical already: they are read, not translated."""
 
     def __init__(
@@ -583,7 +588,7 @@ class Gateway:
         provider_keys: Mapping[str, str] | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = _http_url("base_url", base_url)
         self.transport = Transport(timeouts)
         self._headers: dict[str, str] = {"Content-Type": "application/json"}
         if api_key:
@@ -598,9 +603,17 @@ class Gateway:
         return _GatewayRequest(body, headers or {})
 
     async def create(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> Message:
-        async with await self._send("POST", "/v1/messages", request, keys) as upstream:
-            body = await self._json(upstream)
-        message = Message.model_validate(body)
+        upstream = await self._send("POST", "/v1/messages", request, keys)
+        try:
+            async with upstream:
+                message = Message.model_validate(await self._json(upstream))
+        except ValueError:
+            fault: Error = providers.unreadable("gateway")
+            fault.begun = True
+            raise fault from None
+        except Error as fault:
+            fault.begun = True
+            raise
         message._dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
         message._request_id = upstream.headers.get("X-Request-ID")
         return message
@@ -700,6 +713,7 @@ class AsyncMessageStream:
     def __init__(self, open: Callable[[], Awaitable[EventStream]]) -> None:
         self._open = open
         self._inside = False
+        self._ended = False
         self._stream: EventStream | None = None
         self._total = Accumulator()
         self._events: collections.deque[StreamEvent] = collections.deque()
@@ -725,8 +739,13 @@ class AsyncMessageStream:
     async def _batch(self) -> list[StreamEvent]:
         """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
         if self._stream is None or not self._inside:
-            raise RuntimeError("a stream is used inside `async with`")
-        events = await anext(self._stream)
+            raise RuntimeError("a stream is used inside its `with` or `async with`")
+        try:
+            events = await anext(self._stream)
+        except StopAsyncIteration:
+            self._ended = True
+            raise
+        self._ended = events[-1].type == "message_stop"
         for event in events:
             self._total.add(event)
         return events
@@ -752,8 +771,9 @@ class AsyncMessageStream:
 
     async def final(self) -> Message:
         """Read to the end: the message that a request without `stream` would have got."""
-        async for _ in self:
-            pass
+        if not self._ended:
+            async for _ in self:
+                pass
         message = self._total.message
         if message is None:
             raise StreamTruncated("the stream was closed before it began")
@@ -827,10 +847,14 @@ class AsyncClient:
             connect=min(10, timeout), first_byte=min(120, timeout), idle=min(120, timeout), total=timeout
         )  # fmt: skip
         self._engine: Engine
+        if base_url is None and api_key is not None:
+            raise TypeError("api_key is a gateway's and needs base_url; a provider's goes into provider_keys")
+        if base_url is not None and (base_urls or aliases):
+            raise TypeError("base_urls and aliases are for direct mode; a gateway has its own")
         if base_url is None:
             self._engine = Direct(provider_keys=provider_keys, base_urls=base_urls, aliases=aliases, timeouts=timeouts)
         else:
-            self._engine = Gateway(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
+            self._engine = Remote(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
         self._max_retries = max_retries
         self._closed = False
         self.messages = AsyncMessages(self)
@@ -853,6 +877,8 @@ class AsyncClient:
         self, model: str, messages: Messages, fields: RequestFields, stream: bool = False
     ) -> tuple[Any, Mapping[str, str]]:
         """A maker of the request (a retry starts afresh), and the keys that come with it."""
+        if "stream" in fields:
+            raise TypeError("create() has no stream=; use messages.stream(…)")
         rest = dict(fields)
         headers: Any = rest.pop("extra_headers", None) or {}
         keys: Any = rest.pop("provider_keys", None) or {}
@@ -1112,7 +1138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             _prompt_command(argv)
     except Error as fault:
-        print(f"vai: {fault}", file=sys.stderr)
+        whose = f"{fault.provider}: " if fault.provider and fault.provider not in fault.message else ""
+        print(f"vai: {whose}{fault}", file=sys.stderr)
         raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -1131,8 +1158,9 @@ def _prompt_command(argv: Sequence[str]) -> None:
     parser.add_argument("-s", "--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N")
     parser.add_argument("--json", action="store_true", help="print the whole message as JSON")
+    parser.add_argument("--version", action="version", version=f"vai {__version__}")
     options = parser.parse_args(argv)
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     prompt = "\n\n".join(part for part in (options.prompt, piped.strip()) if part)
     if not prompt:
         parser.error("there is no prompt")

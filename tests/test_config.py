@@ -117,6 +117,7 @@ def test_variables_and_blanks(tmp_path: Path) -> None:
         ("alice=abcdefgh", {"alice": "abcdefgh"}),
         (" alice=abcdefgh , bob=ijklmnop,", {"alice": "abcdefgh", "bob": "ijklmnop"}),
         ("abcdefgh,bob=ijklmnop,qrstuvwx", {"key1": "abcdefgh", "bob": "ijklmnop", "key3": "qrstuvwx"}),
+        ("c2VjcmV0LWtleQ==, bob=c2VjcmV0LWtleXM=", {"key1": "c2VjcmV0LWtleQ==", "bob": "c2VjcmV0LWtleXM="}),
         ("", {}),
     ],
 )
@@ -153,7 +154,7 @@ WRONG: dict[str, tuple[str, dict[str, str], list[str], str]] = {  # file, enviro
     "small body": ("limits.max_body_bytes = 10", {}, [], r"FILE: limits\.max_body_bytes: .*1024"),
     "short key": ("", {"VAI_API_KEYS": "short"}, [], r"VAI_API_KEYS: auth\.keys\.0\.key: .*8 characters"),
     "key with blanks": ("", {"VAI_API_KEYS": f"{SECRET} {SECRET}"}, [], r"VAI_API_KEYS: auth\.keys\.0\.key: .*"),
-    "key name": ("", {"VAI_API_KEYS": f"a b={SECRET}"}, [], r"VAI_API_KEYS: auth\.keys\.0\.name: .*"),
+    "key name": ("", {"VAI_API_KEYS": f"a b={SECRET}"}, [], r"VAI_API_KEYS: auth\.keys\.0\.key: .*"),
     "key twice": ("", {"VAI_API_KEYS": f"a={SECRET},b={SECRET}"}, [], r"VAI_API_KEYS: auth\.keys: .*unique"),
     "name twice": ("", {"VAI_API_KEYS": f"a={SECRET},a={SECRET}2"}, [], r"VAI_API_KEYS: auth\.keys: .*unique"),
     "control character in the file": (f'providers.openai.api_key = "{SECRET}\\u0007x"', {}, [], r"FILE: .*control.*"),

@@ -524,13 +524,14 @@ def asking(block: JSON) -> JSON:
 HEAR, SPEAK, DRAWN_BY = "openai, gemini, gemini-oauth", "openai, gemini", "oai-resp, gemini, gemini-oauth"
 READ, SEARCH = "anthropic, openai, oai-resp, gemini, gemini-oauth", "anthropic, oai-resp, groq, gemini, gemini-oauth"
 SEE = "anthropic, openai, oai-resp, groq, gemini, gemini-oauth"
+BLOCK = "messages[0].content[1]"
 UNSUPPORTED: list[tuple[tuple[str, ...], JSON, str, str, str]] = [  # models, fields, param, feature, who has it
-    ((A, R, Q), asking(WAV), "messages", "input", HEAR),
-    ((A, *CHATS, R), asking(MP4), "messages", "video input", "gemini, gemini-oauth"),
-    ((O,), asking(media("audio", "audio/ogg")), "messages", "audio/ogg input", "gemini, gemini-oauth"),
-    ((O,), asking(PAPER), "messages", "a document", "anthropic, oai-resp, gemini, gemini-oauth"),
-    ((Q, C), asking(PDF), "messages", "a document", READ),
-    ((C,), asking(PHOTO), "messages", "an image", SEE),
+    ((A, R, Q), asking(WAV), BLOCK, "input", HEAR),
+    ((A, *CHATS, R), asking(MP4), BLOCK, "video input", "gemini, gemini-oauth"),
+    ((O,), asking(media("audio", "audio/ogg")), BLOCK, "audio/ogg input", "gemini, gemini-oauth"),
+    ((O,), asking(PAPER), BLOCK, "a document", "anthropic, oai-resp, gemini, gemini-oauth"),
+    ((Q, C), asking(PDF), BLOCK, "a document", READ),
+    ((C,), asking(PHOTO), BLOCK, "an image", SEE),
     ((A, GO), {"tools": [FILES]}, "tools", "file_search", "oai-resp, gemini"),
     ((A, G), {"tools": [DRAW]}, "tools", "image_generation", "oai-resp"),
     ((O, C), {"tools": [WEB]}, "tools", "web_search", SEARCH),

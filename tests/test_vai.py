@@ -1016,3 +1016,58 @@ async def test_failures_of_the_login(
     assert says in out.error["message"]
     assert not any(secret in str(out.error) for secret in (*SECRETS, "new-account-token"))
     assert login.paths().count("token") <= 1
+
+
+# == What cannot be meant ==============================================================================================
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"api_key": "vai_sk_lonely"}, "base_url"),
+        ({"base_url": "http://127.0.0.1:1", "aliases": {"fast": "groq/m"}}, "direct mode"),
+        ({"base_url": "http://127.0.0.1:1", "base_urls": {"groq": "http://x"}}, "direct mode"),
+    ],
+)
+def test_options_of_the_other_mode_are_refused(options: JSON, says: str) -> None:
+    """An option that would do nothing is a TypeError, and the key in it is not shown."""
+    for make in (vai.Client, vai.AsyncClient):
+        with pytest.raises(TypeError, match=says) as caught:
+            make(**options)
+        assert "lonely" not in str(caught.value)
+
+
+def test_a_gateway_needs_an_address() -> None:
+    """A base URL without a scheme is told at once, not after retries."""
+    with pytest.raises(vai.InvalidRequestError, match="not an http"):
+        vai.Client(base_url="localhost:8080")
+
+
+@both_modes
+def test_create_does_not_stream(world: World, mode: str) -> None:
+    """`create(stream=True)`, the habit from elsewhere, says what to call instead and asks nobody."""
+    with vai.Client(**world.options(mode)) as client, pytest.raises(TypeError, match=r"messages\.stream"):
+        client.messages.create(model=CLAUDE, messages="Hi", stream=True)  # type: ignore[call-arg]
+    assert not world.requests
+
+
+@pytest.mark.parametrize("body", [b'{"x": 1}', b"<html>", b"[]"])
+async def test_what_is_no_gateway_is_asked_once(body: bytes) -> None:
+    """A 200 that is no message is one clear error; what was begun is not paid for again."""
+    asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        async with vai.AsyncClient(base_url=url) as client:
+            with pytest.raises(vai.ProviderError) as caught:
+                await client.messages.create(model=CLAUDE, messages="Hi")
+    assert (caught.value.code, asked) == ("unreadable_answer", 1)
