@@ -43,6 +43,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 
 if TYPE_CHECKING:
     import aiohttp
+    import yarl
 
 __all__ = [
     "ERRORS",
@@ -4588,7 +4589,6 @@ class Transport:
         `redirect`.
         """
         import aiohttp
-        from yarl import URL
 
         if self._closed:
             raise RuntimeError("the client is closed")
@@ -4600,7 +4600,7 @@ class Transport:
                 async with asyncio.timeout_at(now + min(self.timeouts.first_byte, self.timeouts.total)):
                     response = await self._session.request(
                         request.method,
-                        URL(request.url, encoded=True),
+                        _url(request.url),
                         data=io.BytesIO(request.body) if len(request.body) > 1 << 20 else request.body,
                         headers=request.headers,
                         allow_redirects=False,
@@ -4637,6 +4637,14 @@ class Transport:
             self._session = None
 
 
+@functools.lru_cache(256)
+def _url(text: str) -> yarl.URL:
+    """The address as it was built: nothing in it is quoted or resolved once more."""
+    import yarl
+
+    return yarl.URL(text, encoded=True)
+
+
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
@@ -4664,7 +4672,7 @@ class Upstream:
         """
         content = self._response.content
         try:
-            if data := content.read_nowait():
+            if (data := content.read_nowait()) or content.at_eof():
                 return data
             until = min(asyncio.get_running_loop().time() + (patience or self._idle), self._deadline)
             async with asyncio.timeout_at(until):

@@ -402,6 +402,7 @@ def configure_logs(config: LogSection) -> None:
     style = config.format or ("text" if sys.stderr.isatty() else "json")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
+    logging._srcfile = None  # nor the line of code (logging HOWTO, "Optimization")
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -499,8 +500,13 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise too_large
     await _continue(request)
     part, parts, size = b"", [], 0
+    if request.content.is_eof():  # it came with the head, as nearly always
+        part = request.content.read_nowait()
+        parts, size = [part], len(part)
+        if size > limits.max_body_bytes:
+            raise too_large
     try:
-        async with asyncio.timeout(seconds):
+        async with contextlib.nullcontext() if parts else asyncio.timeout(seconds):
             async for part in request.content.iter_any():
                 parts.append(part)
                 size += len(part)
