@@ -2454,7 +2454,6 @@ class StopCutter:
         self._sequences = tuple(sequences)
         self._held = ""
         self._found: str | None = None
-        self._block: ContentBlockStart | None = None
 
     def feed(self, events: Iterable[StreamEvent]) -> list[StreamEvent]:
         out: list[StreamEvent] = []
@@ -2481,10 +2480,18 @@ class StopCutter:
             self._held = ""
             kept: list[StreamEvent] = [ContentBlockDelta(index, TextDelta(text[:cut]))] if cut else []
             return [*kept, ContentBlockStop(index)]
-        hold = max((n for s in self._sequences for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        hold = max((_overlap(text, s) for s in self._sequences), default=0)
         self._held = text[len(text) - hold :] if hold else ""
         free = text[: len(text) - hold] if hold else text
         return [ContentBlockDelta(index, TextDelta(free))] if free else []
+
+
+def _overlap(text: str, sequence: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `sequence`."""
+    for length in range(min(len(sequence) - 1, len(text)), 0, -1):
+        if text[-length] == sequence[0] and text.endswith(sequence[:length]):
+            return length
+    return 0
 
 
 _SCHEMA_MAPS = ("properties", "$defs", "definitions", "patternProperties")  # name → schema
