@@ -9,7 +9,7 @@
 Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
-    content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
+    tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
     the synchronous client · the command line
 """
 
@@ -21,7 +21,9 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
+import inspect
 import json
 import mimetypes
 import os
@@ -35,9 +37,21 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_type_hints,
+    overload,
+)
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 if TYPE_CHECKING or not __package__:
     import providers
@@ -66,15 +80,179 @@ __all__ = [
     "RequestFields",
     "Turn",
     "audio",
+    "Tool",
     "document",
     "image",
     "image_url",
     "text",
+    "tool",
     "tool_result",
     "video",
 ]
 
 T = TypeVar("T")
+
+
+# == Tools ============================================================================================================
+
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Tool(Generic[P, R_co]):
+    """A function that a model can call; what `@tool` makes. Calling it calls the function."""
+
+    def __init__(
+        self,
+        function: Callable[P, R_co],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        strict: bool | None = None,
+    ) -> None:
+        functools.update_wrapper(self, function)
+        summary, about = read_docstring(inspect.getdoc(function) or "")
+        self.function = function
+        self.name = name or function.__name__
+        self.description = summary if description is None else description
+        self.strict = strict
+        self._input = _input_model(function, self.name, about)
+        self.input_schema: JSON = _untitled(self._input.model_json_schema())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"tool({self.name})"
+
+    def to_wire(self) -> JSON:
+        """The tool as a request has it."""
+        wire: JSON = {"name": self.name, "input_schema": self.input_schema}
+        wire |= {"description": self.description} if self.description else {}
+        return wire | ({"strict": self.strict} if self.strict is not None else {})
+
+    def run(self, input: JSON) -> R_co:
+        """Call the function with a tool call's input, checked and converted to what the annotations say.
+
+        Raises `ValueError`, whose text helps a model to mend its call, for input that does not fit.
+        """
+        if input.get("invalid_json"):
+            raise ValueError("The input is not a whole JSON object. Call the tool again with valid JSON.")
+        try:
+            checked = self._input.model_validate(input)
+        except ValidationError as fault:
+            wrong = fault.errors(include_url=False, include_context=False, include_input=False)
+            lines = [f"- {'.'.join(map(str, e['loc'])) or 'input'}: {e['msg']}" for e in wrong[:10]]
+            raise ValueError("\n".join(["The input does not fit the tool's schema:", *lines])) from None
+        call: Callable[..., R_co] = self.function
+        return call(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+
+@overload
+def tool(
+    function: Callable[P, R_co],
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    strict: bool | None = None,
+) -> Tool[P, R_co]: ...
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    strict: bool | None = None,
+) -> Callable[[Callable[P, R_co]], Tool[P, R_co]]: ...
+def tool(function: Any = None, /, **options: Any) -> Any:
+    """Make a tool of a function: its name, docstring and annotations become name, description and schema.
+
+    Parameter descriptions come from `Annotated[str, "…"]` or from the docstring (Google, NumPy or Sphinx style).
+    `strict` asks the provider to hold the model to the schema. Raises `TypeError` for `*args` and `**kwargs`.
+    """
+    return Tool(function, **options) if function is not None else lambda function: Tool(function, **options)
+
+
+def _input_model(function: Callable[..., Any], name: str, about: Mapping[str, str]) -> type[BaseModel]:
+    """A pydantic model of a function's parameters."""
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"a tool takes named parameters only; {name}() has {parameter}")
+        hint = hints.get(parameter.name, Any)
+        notes = getattr(hint, "__metadata__", ())
+        described = next((note for note in notes if isinstance(note, str)), about.get(parameter.name))
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[parameter.name] = (hint, Field(default, description=described))
+    return create_model(f"{name}_input", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+
+
+def _untitled(schema: Any) -> Any:
+    """Without the titles that pydantic makes up, which only cost tokens."""
+    if isinstance(schema, list):
+        return [_untitled(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: {name: _untitled(item) for name, item in value.items()}
+        if key in ("properties", "$defs")
+        else _untitled(value)
+        for key, value in schema.items()
+        if key != "title" or not isinstance(value, str)
+    }
+
+
+_SECTION = re.compile(
+    r"(args|arguments|parameters|params|returns?|raises|yields?|examples?|notes?|see also)\s*:?\s*", re.IGNORECASE
+)
+
+
+def read_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """The description of a docstring, and what it says of each parameter: Google, NumPy and Sphinx styles."""
+    summary: list[str] = []
+    about: dict[str, str] = {}
+    section, name, indent = "", "", 0
+    lines = doc.expandtabs().splitlines()
+    for number, line in enumerate(lines):
+        text = line.strip()
+        if found := re.match(r":param\s+(?:[^:]*\s)?\*{0,2}(\w+)\s*:\s*(.*)", text):  # Sphinx
+            section, name, indent = "sphinx", found[1], len(line) - len(line.lstrip())
+            about[name] = found[2]
+        elif text.startswith(":"):
+            section, name = "other", ""
+        elif _SECTION.fullmatch(text) and (text.endswith(":") or _underlined(lines, number)):
+            section, name = ("parameters" if text.lower().startswith(("arg", "param")) else "other"), ""
+        elif section == "parameters" and set(text) == {"-"}:
+            continue
+        elif not section:
+            summary.append(line)
+        elif not text:
+            name = name if section == "parameters" else ""
+        elif section == "parameters" and (begun := _parameter(line, text, name, indent)):
+            name, indent = begun[0], len(line) - len(line.lstrip())
+            about[name] = begun[1]
+        elif name:
+            about[name] = f"{about[name]} {text}".strip()
+    return "\n".join(summary).strip(), {key: value for key, value in about.items() if value}
+
+
+def _underlined(lines: Sequence[str], number: int) -> bool:
+    return number + 1 < len(lines) and len(rule := lines[number + 1].strip()) > 2 and set(rule) == {"-"}
+
+
+def _parameter(line: str, text: str, name: str, indent: int) -> tuple[str, str] | None:
+    """`city (str): where` of Google's style, `city : str` of NumPy's; None for a line that goes on."""
+    here = len(line) - len(line.lstrip())
+    if name and here > indent:
+        return None
+    if found := re.match(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)", text):
+        numpy = re.match(r"\w+ : ", text) is not None
+        return found[1], "" if numpy else found[2]
+    if re.fullmatch(r"\w+", text):
+        return text, ""
+    return None
 
 
 # == Content helpers ===================================================================================================
@@ -177,7 +355,7 @@ class RequestFields(TypedDict, total=False):
     metadata: Mapping[str, Any]
     thinking: Mapping[str, Any]
     output_config: Mapping[str, Any]
-    tools: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any] | Tool[..., Any]]
     tool_choice: Mapping[str, Any]
     temperature: float
     top_p: float
@@ -212,6 +390,8 @@ def _turn(turn: Turn) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, Tool):
+        return value.to_wire()
     if isinstance(value, BaseModel):
         if hasattr(value, "to_wire"):
             return value.to_wire()
