@@ -483,15 +483,26 @@ def for_caller(fault: Error, credential: Credential) -> Error:
     """An error out of an answer, without the key that paid for it; a refusal of our own key is not the caller's."""
     if fault.provider is None:
         return fault
-    if isinstance(fault, (AuthenticationError, PermissionDeniedError)) and not credential.own:
-        ours = ProviderError(fault.message, code="provider_authentication", provider=fault.provider)
-        ours.provider_error = fault.provider_error
-        fault = ours
+    if not credential.own:
+        fault = _not_the_callers(fault)
     fault.message = redact(fault.message, [credential.key])
     fault.code = redact(fault.code, [credential.key]) if fault.code else None
     fault.provider_error = redact_json(fault.provider_error, [credential.key])
     fault.args = (fault.message,)
     return fault.with_traceback(None)
+
+
+def _not_the_callers(fault: Error) -> Error:
+    """A refusal of the gateway's own key is no fault of the caller's."""
+    if not isinstance(fault, (AuthenticationError, PermissionDeniedError)) or fault.code == "billing":
+        return fault
+    return ProviderError(
+        f"{fault.provider} refused the gateway's key: {fault.message}",
+        code="provider_authentication",
+        provider=fault.provider,
+        provider_error=fault.provider_error,
+        retry_after=fault.retry_after,
+    )
 
 
 def _printable(text: str, limit: int = MAX_PROVIDER_ERROR) -> str:
@@ -528,10 +539,11 @@ def provider_error(
     retry_after = _retry_after(headers, now)
     if retry_after is None:
         retry_after = _retry_info(inside or fault)
-    return _classified(provider, status, message, fault, retry_after, own_key)
+    found = _classified(provider, status, message, fault, retry_after)
+    return found if own_key else _not_the_callers(found)
 
 
-def stream_error(provider: str, fault: Any, *, own_key: bool = True) -> Error:
+def stream_error(provider: str, fault: Any) -> Error:
     """An error object that came with a 200: in a stream, or as the whole body."""
     detail = fault if isinstance(fault, dict) else {"message": str(fault)} if fault else {}
     words = [str(detail.get(name)) for name in ("status_code", "code", "type", "status")]
@@ -539,7 +551,7 @@ def stream_error(provider: str, fault: Any, *, own_key: bool = True) -> Error:
     known = (WORD_STATUS[word] for word in words if word in WORD_STATUS)
     status = next(numbers, None) or next(known, 502)
     message = redact(_message_of(detail, None) or f"{provider} reported an error")
-    return _classified(provider, status, message, redact_json(detail), _retry_info(detail), own_key)
+    return _classified(provider, status, message, redact_json(detail), _retry_info(detail))
 
 
 def _error_object(parsed: Any) -> JSON:
@@ -573,7 +585,7 @@ def _message_of(fault: JSON, parsed: Any) -> str:
     return next((_printable(text) for text in found if isinstance(text, str) and text.strip()), "")
 
 
-def _classified(provider: str, status: int, message: str, fault: JSON, retry_after: int | None, own_key: bool) -> Error:
+def _classified(provider: str, status: int, message: str, fault: JSON, retry_after: int | None) -> Error:
     cls = STATUS_ERRORS.get(status) or (InvalidRequestError if 400 <= status < 500 else ProviderError)
     code = next((fault[n] for n in ("code", "type", "status") if isinstance(fault.get(n), str)), None)
     if isinstance(details := fault.get("details"), list):  # Google's ErrorInfo says more than its status
@@ -582,14 +594,11 @@ def _classified(provider: str, status: int, message: str, fault: JSON, retry_aft
         if cls is RateLimitError and "PerDay" in str(details):
             code = "insufficient_quota"
     if code == "API_KEY_INVALID" or (status == 400 and message.startswith("API key not valid")):
-        status, cls = 401, AuthenticationError  # Google says 400
+        cls = AuthenticationError  # Google says 400
     if status == 402:
         code = "billing"
     elif status == 409:
         code = "conflict"
-    elif status in (401, 403) and not own_key:
-        cls, code = ProviderError, "provider_authentication"
-        message = f"{provider} refused the gateway's key: {message}"
     return cls(
         message,
         code=_printable(code, 100) if code and code != cls.type else None,

@@ -34,7 +34,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,6 +52,7 @@ if getattr(vai, "__version__", None) != __version__:
     found = getattr(vai, "__version__", "unknown")
     raise ImportError(f"server.py {__version__} needs its own vai.py; version {found} is at {vai.__file__}")
 
+T = TypeVar("T")
 logger = logging.getLogger("vai.server")
 access = logging.getLogger("vai.access")
 
@@ -518,13 +519,17 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise slow from None
     raw = b"".join(parts)
     try:
-        large = size > 1 << 20
-        body = await asyncio.to_thread(read_keys, raw, limits) if large else read_keys(raw, limits)
+        body = await off_loop(size, read_keys, raw, limits)
     except Error as fault:
         raise fault.with_traceback(None) from None
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+async def off_loop(size: int, work: Callable[..., T], *given: Any) -> T:
+    """Work on a body of `size` bytes: on a thread if it is large, so that other callers do not wait for it."""
+    return await asyncio.to_thread(work, *given) if size > 1 << 20 else work(*given)
 
 
 async def _continue(request: web.Request) -> None:
@@ -629,9 +634,8 @@ class Gateway:
         exchange.caller = caller.name
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        large = (request.content_length or 0) > 1 << 20
         headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
-        asked = await asyncio.to_thread(self.engine.parse, body, headers) if large else self.engine.parse(body, headers)
+        asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model = asked.provider, asked.model_name
         keys = provider_keys(request, caller, asked)
         return await (self._stream if asked.stream else self._create)(request, asked, keys)
@@ -670,9 +674,7 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.expired or out.response is None:
                 raise
-            if task := asyncio.current_task():
-                task.uncancel()
-            await out.fail(self._shutdown_error())
+            await out.fail(self._outlived())
         finally:
             pinger.cancel()
             await asyncio.gather(pinger, return_exceptions=True)
@@ -699,6 +701,12 @@ class Gateway:
     @staticmethod
     def _shutdown_error() -> Error:
         return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
+
+    def _outlived(self) -> Error:
+        """The end of the grace has cancelled this request: take that back for as long as it takes to say so."""
+        if task := asyncio.current_task():
+            task.uncancel()
+        return self._shutdown_error()
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -750,9 +758,7 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.expired:
                 raise
-            if task := asyncio.current_task():
-                task.uncancel()
-            fault = self._shutdown_error()
+            fault = self._outlived()
         except ConnectionError:  # the caller went away
             raise
         except Exception as raised:

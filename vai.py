@@ -462,9 +462,14 @@ class EventStream:
         self._ready: list[StreamEvent] = []
         self._fault: Error | None = None
 
-    async def start(self) -> None:
+    async def start(self) -> EventStream:
         """Wait for the first events, so that an answer that is an error from the start is raised here."""
-        self._ready = await self._next()
+        try:
+            self._ready = await self._next()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def __aiter__(self) -> EventStream:
         return self
@@ -496,16 +501,9 @@ class EventStream:
         decoder = self._decoder
         try:
             data = await self._upstream.chunk(1.0 if decoder.ending else None)
-        except ProviderError as fault:
-            if decoder.ending:
-                data = b""
-            elif fault.code == "connection_broken":
-                raise StreamTruncated(provider=fault.provider) from None
-            else:
-                raise
-        except Error:
+        except Error as fault:
             if not decoder.ending:
-                raise
+                raise _cut(fault, "connection_broken") from None
             data = b""
         if data:
             for sse in self._sse.feed(data):
@@ -516,12 +514,10 @@ class EventStream:
         for sse in self._sse.close():  # an event that lacks its blank line: half a one is the mark of a broken stream
             try:
                 events += decoder.feed(sse)
-            except ProviderError as fault:
-                if fault.code == "unreadable_answer" and decoder.ending:
+            except Error as fault:
+                if decoder.ending and fault.code == "unreadable_answer":
                     break
-                if fault.code == "unreadable_answer":
-                    raise StreamTruncated(provider=fault.provider) from None
-                raise
+                raise _cut(fault, "unreadable_answer") from None
         self._check_head()
         events += decoder.close()
 
@@ -553,6 +549,25 @@ class EventStream:
     def usage(self) -> Usage | None:
         """What it cost, once the answer is whole."""
         return self._decoder.build.usage
+
+
+def _cut(fault: Error, code: str) -> Error:
+    """What a broken-off stream looks like where it is read, as what it is."""
+    return StreamTruncated(provider=fault.provider) if fault.code == code else fault
+
+
+@contextlib.contextmanager
+def _begun(provider: str) -> Iterator[None]:
+    """An answer is coming in: whatever goes wrong from here is not to be asked, and paid for, again."""
+    try:
+        yield
+    except ValueError:
+        fault: Error = providers.unreadable(provider)
+        fault.begun = True
+        raise fault from None
+    except Error as fault:
+        fault.begun = True
+        raise
 
 
 class Direct:
@@ -606,15 +621,11 @@ class Direct:
         upstream, credential = await self._send(adapter, request, keys or {})
         raw = b""
         try:
-            async with upstream:
-                raw = await upstream.read()
-            message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
-        except ValueError:
-            fault = providers.unreadable(adapter.id)
-            fault.begun = True
-            raise fault from None
+            with _begun(adapter.id):
+                async with upstream:
+                    raw = await upstream.read()
+                message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
         except Error as fault:
-            fault.begun = True
             raise providers.for_caller(fault, credential) from None
         finally:
             del raw  # a traceback's locals would show what the provider echoed
@@ -625,12 +636,7 @@ class Direct:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys or {})
         stream = EventStream(upstream, adapter.decoder(request), request.dropped, credential=credential)
-        try:
-            await stream.start()
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+        return await stream.start()
 
     async def models(self) -> Models:
         listed = [
@@ -736,7 +742,7 @@ def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
             known = ", ".join(sorted(BYOK_NAMES))
             raise InvalidRequestError(f"no provider takes a key by this name; known: {known}", param="provider_keys")
         if key:
-            out[_key_name(name)] = _checked_key(Secret(key), f"provider_keys.{_key_name(name)}")
+            out[_key_name(name)] = _checked_key(key, f"provider_keys.{_key_name(name)}")
     return out
 
 
@@ -752,9 +758,6 @@ class _GatewayRequest:
     def __init__(self, body: JSON, headers: Mapping[str, str]) -> None:
         self.body = body
         self.headers = headers
-        self.provider = "gateway"
-        self.stop_sequences: list[str] = []
-        self.tool_names: dict[str, str] = {}
 
 
 class Remote:
@@ -784,16 +787,9 @@ class Remote:
 
     async def create(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> Message:
         upstream = await self._send("POST", "/v1/messages", request, keys)
-        try:
+        with _begun("gateway"):
             async with upstream:
                 message = Message.model_validate(await self._json(upstream))
-        except ValueError:
-            fault: Error = providers.unreadable("gateway")
-            fault.begun = True
-            raise fault from None
-        except Error as fault:
-            fault.begun = True
-            raise
         message._dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
         message._request_id = upstream.headers.get("X-Request-ID")
         return message
@@ -801,15 +797,8 @@ class Remote:
     async def open(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         request.body = request.body | {"stream": True}
         upstream = await self._send("POST", "/v1/messages", request, keys)
-        decoder = GatewayDecoder()
-        dropped = _listed(upstream.headers.get("X-Vai-Dropped"))
-        stream = EventStream(upstream, decoder, dropped, request_id=upstream.headers.get("X-Request-ID"))
-        try:
-            await stream.start()
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+        dropped, id = _listed(upstream.headers.get("X-Vai-Dropped")), upstream.headers.get("X-Request-ID")
+        return await EventStream(upstream, GatewayDecoder(), dropped, request_id=id).start()
 
     async def models(self) -> Models:
         async with await self._send("GET", "/v1/models", _GatewayRequest({}, {}), None) as upstream:
