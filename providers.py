@@ -33,6 +33,7 @@ import os
 import re
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,6 +267,7 @@ class Error(Exception):
         self.request_id = request_id
         self.block: Any = None  # the block of the request that is at fault, until its place is known
         self.begun = False  # the answer had begun: asking again would be paid for twice
+        self.result: Any = None  # of a run that it ended: the `RunResult` so far
 
     @property
     def about_key(self) -> bool:
@@ -4570,13 +4572,23 @@ class Transport:
     """The one place that opens a socket. Sends an `HTTPRequest`; what goes wrong is an `Error` of this module.
 
     Follows no redirect (aiohttp would carry `x-api-key` along), shares no cookie, and gives no pooled connection out
-    on which something arrived while it was idle (its next answer would be somebody else's).
+    on which something arrived while it was idle (its next answer would be somebody else's). Each event loop has its own
+    connections; those of a loop that has ended go with it.
     """
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
         self._closed = False
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        _TRANSPORTS.add(self)
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        if (session := self._sessions.get(loop)) is None:
+            for ended in [known for known in self._sessions if known.is_closed()]:
+                del self._sessions[ended]
+            session = self._sessions[loop] = self._open_session()
+        return session
 
     def _open_session(self) -> aiohttp.ClientSession:
         import aiohttp
@@ -4608,13 +4620,12 @@ class Transport:
 
         if self._closed:
             raise RuntimeError("the client is closed")
-        if self._session is None:
-            self._session = self._open_session()
+        session = self._session()
         now = asyncio.get_running_loop().time()
         for attempt in (1, 2):
             try:
                 async with asyncio.timeout_at(now + min(self.timeouts.first_byte, self.timeouts.total)):
-                    response = await self._session.request(
+                    response = await session.request(
                         request.method,
                         _url(request.url),
                         data=io.BytesIO(request.body) if len(request.body) > 1 << 20 else request.body,
@@ -4648,9 +4659,30 @@ class Transport:
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
         self._closed = True
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if session := self._sessions.pop(asyncio.get_running_loop(), None):
+            await session.close()
+
+
+_TRANSPORTS: weakref.WeakSet[Transport] = weakref.WeakSet()
+
+
+def keep_for_ever(thing: object) -> None:
+    """Never let it go, not even at the interpreter's end."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _forked() -> None:
+    """The child of a fork opens connections of its own. Its parent's are not closed here, not by the collector either:
+    that would take them out of the epoll that both share, and the parent would hear nothing on them any more."""
+    for transport in list(_TRANSPORTS):
+        keep_for_ever(transport._sessions)
+        transport._sessions = {}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @functools.lru_cache(256)

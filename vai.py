@@ -21,37 +21,64 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
+import copy
+import difflib
 import functools
 import importlib
 import inspect
 import json
+import math
 import mimetypes
+import operator
 import os
 import random
 import re
 import secrets
 import sys
 import threading
+import types
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
+    ClassVar,
     Generic,
+    Literal,
+    NotRequired,
     ParamSpec,
     Protocol,
+    Required,
+    Self,
     TypeAlias,
     TypedDict,
     TypeVar,
+    Union,
     Unpack,
+    get_args,
+    get_origin,
     get_type_hints,
     overload,
 )
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic_core import to_jsonable_python
 
 if TYPE_CHECKING or not __package__:
     import providers
@@ -68,26 +95,55 @@ if getattr(providers, "__version__", None) != __version__:
 __all__ = [
     *providers.__all__,
     "AsyncClient",
+    "AsyncConversation",
     "AsyncMessageStream",
+    "AsyncRun",
     "Client",
+    "Conversation",
     "Direct",
     "EventStream",
+    "Extracted",
+    "FakeModel",
+    "Interrupted",
     "MessageStream",
     "Messages",
     "Models",
+    "Native",
     "ProviderInfo",
     "Remote",
     "RequestFields",
-    "Turn",
-    "audio",
+    "Run",
+    "RunComplete",
+    "RunEvent",
+    "RunFields",
+    "RunOptions",
+    "RunResult",
+    "Step",
+    "StepComplete",
+    "StepStart",
     "Tool",
+    "ToolCall",
+    "ToolCallStart",
+    "ToolLike",
+    "ToolResult",
+    "Turn",
+    "TurnFields",
+    "attachment",
+    "audio",
+    "code_execution",
+    "computer_use",
     "document",
+    "file_search",
     "image",
+    "image_generation",
     "image_url",
     "text",
+    "text_editor",
     "tool",
     "tool_result",
+    "tool_use",
     "video",
+    "web_search",
 ]
 
 T = TypeVar("T")
@@ -110,6 +166,7 @@ class Tool(Generic[P, R_co]):
         name: str | None = None,
         description: str | None = None,
         strict: bool | None = None,
+        timeout: float | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
         summary, about = read_docstring(inspect.getdoc(function) or "")
@@ -117,11 +174,20 @@ class Tool(Generic[P, R_co]):
         self.name = name or function.__name__
         self.description = summary if description is None else description
         self.strict = strict
+        self.timeout = timeout
         self._input = _input_model(function, self.name, about)
-        self.input_schema: JSON = _untitled(self._input.model_json_schema())
+        self.input_schema: JSON = _lean(self._input.model_json_schema())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         return self.function(*args, **kwargs)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Tool[..., R_co]:
+        """Of a method: the tool of the object, whose `self` is no input of the model's."""
+        if instance is None:
+            return self
+        bound: Callable[..., R_co] = self.function.__get__(instance, owner)
+        options: Any = {"name": self.name, "description": self.description, "strict": self.strict}
+        return Tool(bound, timeout=self.timeout, **options)
 
     def __repr__(self) -> str:
         return f"tool({self.name})"
@@ -133,7 +199,12 @@ class Tool(Generic[P, R_co]):
         return wire | ({"strict": self.strict} if self.strict is not None else {})
 
     def run(self, input: JSON) -> R_co:
-        """Call the function with a tool call's input, checked and converted to what the annotations say.
+        """Call the function with a tool call's input. Raises `ValueError` as `bind` does."""
+        call: Callable[..., R_co] = self.function
+        return call(**self.bind(input))
+
+    def bind(self, input: JSON) -> dict[str, Any]:
+        """The arguments that a tool call's input stands for, checked and converted to what the annotations say.
 
         Raises `ValueError`, whose text helps a model to mend its call, for input that does not fit.
         """
@@ -142,11 +213,8 @@ class Tool(Generic[P, R_co]):
         try:
             checked = self._input.model_validate(input)
         except ValidationError as fault:
-            wrong = fault.errors(include_url=False, include_context=False, include_input=False)
-            lines = [f"- {'.'.join(map(str, e['loc'])) or 'input'}: {e['msg']}" for e in wrong[:10]]
-            raise ValueError("\n".join(["The input does not fit the tool's schema:", *lines])) from None
-        call: Callable[..., R_co] = self.function
-        return call(**{name: getattr(checked, name) for name in checked.model_fields_set})
+            raise ValueError(_told(fault, "The input does not fit the tool's schema:")) from None
+        return {name: getattr(checked, name) for name in checked.model_fields_set}
 
 
 @overload
@@ -157,6 +225,7 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     strict: bool | None = None,
+    timeout: float | None = None,
 ) -> Tool[P, R_co]: ...
 @overload
 def tool(
@@ -164,12 +233,14 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     strict: bool | None = None,
+    timeout: float | None = None,
 ) -> Callable[[Callable[P, R_co]], Tool[P, R_co]]: ...
 def tool(function: Any = None, /, **options: Any) -> Any:
     """Make a tool of a function: its name, docstring and annotations become name, description and schema.
 
     Parameter descriptions come from `Annotated[str, "…"]` or from the docstring (Google, NumPy or Sphinx style).
-    `strict` asks the provider to hold the model to the schema. Raises `TypeError` for `*args` and `**kwargs`.
+    `strict` asks the provider to hold the model to the schema; `timeout` (seconds) stands over a run's `tool_timeout`.
+    Raises `TypeError` for `*args` and `**kwargs`.
     """
     return Tool(function, **options) if function is not None else lambda function: Tool(function, **options)
 
@@ -178,10 +249,13 @@ def _input_model(function: Callable[..., Any], name: str, about: Mapping[str, st
     """A pydantic model of a function's parameters."""
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
+    parameters = list(inspect.signature(function).parameters.values())
+    if parameters and parameters[0].name == "self" and "self" not in hints:  # of a method, before it is bound
+        del parameters[0]
+    for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"a tool takes named parameters only; {name}() has {parameter}")
-        hint = hints.get(parameter.name, Any)
+        hint = _portable(hints.get(parameter.name, Any))
         notes = getattr(hint, "__metadata__", ())
         described = next((note for note in notes if isinstance(note, str)), about.get(parameter.name))
         default = ... if parameter.default is parameter.empty else parameter.default
@@ -189,19 +263,53 @@ def _input_model(function: Callable[..., Any], name: str, about: Mapping[str, st
     return create_model(f"{name}_input", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
 
 
-def _untitled(schema: Any) -> Any:
-    """Without the titles that pydantic makes up, which only cost tokens."""
+def _portable(hint: Any) -> Any:
+    """The type with each `typing.TypedDict` in it as one that pydantic takes; it refuses them before Python 3.12."""
+    if sys.version_info >= (3, 12):
+        return hint
+    if type(hint).__name__ == "_TypedDictMeta" and type(hint).__module__ == "typing":
+        from typing_extensions import TypedDict as Portable  # which pydantic brings
+
+        fields: dict[str, Any] = {}
+        for name, item in get_type_hints(hint, include_extras=True).items():
+            kind: Any = get_origin(item)
+            if kind in (Required, NotRequired):
+                item = get_args(item)[0]
+            else:
+                kind = Required if name in hint.__required_keys__ else NotRequired
+            fields[name] = kind[_portable(item)]
+        return Portable(hint.__name__, fields)  # type: ignore[operator]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is None or origin is Literal or not args:
+        return hint
+    inner = tuple(_portable(arg) for arg in args)
+    if inner == args:
+        return hint
+    if origin in (Union, types.UnionType):
+        return functools.reduce(operator.or_, inner)
+    return Annotated[(inner[0], *hint.__metadata__)] if origin is Annotated else origin[inner]
+
+
+def _lean(schema: Any) -> Any:
+    """A schema of pydantic's without the titles it makes up, which only cost tokens, and with `anyOf` for `oneOf`, the
+    one kind of union that every provider knows."""
     if isinstance(schema, list):
-        return [_untitled(item) for item in schema]
+        return [_lean(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: {name: _untitled(item) for name, item in value.items()}
-        if key in ("properties", "$defs")
-        else _untitled(value)
-        for key, value in schema.items()
-        if key != "title" or not isinstance(value, str)
-    }
+    out: JSON = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs"):
+            out[key] = {name: _lean(item) for name, item in value.items()}
+        elif key not in ("title", "discriminator"):
+            out["anyOf" if key == "oneOf" else key] = _lean(value)
+    return out
+
+
+def _told(fault: ValidationError, what: str) -> str:
+    """What is wrong, in words that help a model to mend it."""
+    wrong = fault.errors(include_url=False, include_context=False, include_input=False)
+    return "\n".join([what, *(f"- {'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in wrong[:10])])
 
 
 _SECTION = re.compile(
@@ -255,6 +363,66 @@ def _parameter(line: str, text: str, name: str, indent: int) -> tuple[str, str] 
     return None
 
 
+# == Native tools ======================================================================================================
+# Tools of the provider's own, by neutral name. Most are run by the provider; `computer_use` and `text_editor` are run
+# here, by a function of yours.
+
+
+class Native:
+    """A provider's own tool, as `web_search()` and its like make it; `config` is in the request."""
+
+    def __init__(self, kind: str, config: Mapping[str, Any], act: Callable[[str, JSON], Any] | None = None) -> None:
+        self.kind = kind
+        self.config = {name: value for name, value in config.items() if value is not None}
+        self.act = act
+
+    def __repr__(self) -> str:
+        return f"{self.kind}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+    def to_wire(self) -> JSON:
+        """The tool as a request has it."""
+        return {"type": self.kind} | ({"config": self.config} if self.config else {})
+
+
+def web_search(
+    *,
+    max_uses: int | None = None,
+    allowed_domains: Sequence[str] | None = None,
+    blocked_domains: Sequence[str] | None = None,
+    user_location: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Native:
+    """Search the web. What a provider has no setting for is reported in `dropped`."""
+    known = {"max_uses": max_uses, "user_location": user_location}
+    domains = {"allowed_domains": allowed_domains, "blocked_domains": blocked_domains}
+    return Native("web_search", known | domains | config)
+
+
+def code_execution(**config: Any) -> Native:
+    """Run code in the provider's sandbox; `container` and `file_ids` on oai-resp."""
+    return Native("code_execution", config)
+
+
+def file_search(vector_store_ids: Sequence[str] | None = None, **config: Any) -> Native:
+    """Search files that the provider holds: those of `vector_store_ids`, on Gemini of `fileSearchStoreNames`."""
+    return Native("file_search", {"vector_store_ids": vector_store_ids, **config})
+
+
+def computer_use(act: Callable[[str, JSON], Any] | None = None, **config: Any) -> Native:
+    """Drive a screen. `act(name, input)` does what the model asks for and returns a screenshot, `vai.image(…)`."""
+    return Native("computer_use", config, act)
+
+
+def text_editor(act: Callable[[str, JSON], Any] | None = None, **config: Any) -> Native:
+    """Edit files. `act(name, input)` does a command (`view`, `str_replace`, `create`, `insert`), returns its output."""
+    return Native("text_editor", config, act)
+
+
+def image_generation(**config: Any) -> Native:
+    """Draw pictures: `size`, `quality`, `background`, `output_format` …"""
+    return Native("image_generation", config)
+
+
 # == Content helpers ===================================================================================================
 
 Source: TypeAlias = str | bytes | os.PathLike[str]
@@ -274,6 +442,11 @@ _MAGIC = (
 def text(text: str) -> JSON:
     """A text block."""
     return {"type": "text", "text": text}
+
+
+def tool_use(name: str, /, **input: Any) -> JSON:
+    """A tool call, as a model makes it: for the script of a `FakeModel`, or for a history made by hand."""
+    return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": name, "input": input}
 
 
 def image(source: Source, media_type: str | None = None) -> JSON:
@@ -307,17 +480,57 @@ def document(source: Source, media_type: str | None = None, *, title: str | None
     return {"type": "document", "source": given} | ({"title": title} if title else {})
 
 
+def attachment(source: Source) -> JSON:
+    """The block for a file, bytes or a URL, by what it is. Raises `ValueError` for a kind that no model takes."""
+    url = isinstance(source, str) and re.match(r"https?://", source)
+    name = "" if isinstance(source, bytes) else urllib.parse.urlsplit(str(source)).path if url else os.fspath(source)
+    kind = mimetypes.guess_type(name)[0] or ""
+    if not kind and not url:
+        kind = _sniff(source if isinstance(source, bytes) else Path(source).read_bytes()) or ""
+    makers = {"image": image, "audio": audio, "video": video}
+    if maker := makers.get(kind.partition("/")[0]):
+        return maker(source)
+    made = document(source)
+    if kind == "application/pdf" or made["source"]["type"] != "base64":
+        return made
+    try:
+        plain = base64.b64decode(made["source"]["data"]).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name or 'this'} is neither an image, audio, video, a PDF nor text") from None
+    return {**made, "source": {"type": "text", "media_type": "text/plain", "data": plain}}
+
+
 RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
 
 
 def tool_result(tool_use_id: str, content: object = "", *, is_error: bool = False) -> JSON:
-    """The answer to a `tool_use`: text, blocks, or anything that JSON can hold."""
-    plain = _plain(content)
-    blocks = isinstance(plain, list) and all(isinstance(b, dict) and b.get("type") in RESULT_BLOCKS for b in plain)
-    if not isinstance(plain, str) and not blocks:
-        plain = json.dumps(plain, ensure_ascii=False)
-    block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": plain}
+    """The answer to a `tool_use`: text, blocks, or anything else (numbers, dicts, pydantic models, the bytes of an
+    image …), which goes as JSON or as an image."""
+    block = {"type": "tool_result", "tool_use_id": tool_use_id, "content": _result_content(content)}
     return block | ({"is_error": True} if is_error else {})
+
+
+def _result_content(value: Any) -> str | list[JSON]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (Message, RunResult)):  # of a model that was asked inside the tool
+        return value.text
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if items and all(map(_is_result_block, items)) and not all(isinstance(item, str) for item in items):
+        return [_result_block(item) for item in items]
+    return json.dumps(to_jsonable_python(value, fallback=str, bytes_mode="base64"), ensure_ascii=False)
+
+
+def _is_result_block(item: Any) -> bool:
+    if isinstance(item, bytes):
+        return (_sniff(item) or "").startswith("image/")
+    kind = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
+    return isinstance(item, str) or (isinstance(kind, str) and kind in RESULT_BLOCKS)
+
+
+def _result_block(item: Any) -> JSON:
+    made: JSON = image(item) if isinstance(item, bytes) else text(item) if isinstance(item, str) else _plain(item)
+    return made
 
 
 def _source(source: Source, media_type: str | None, default: str) -> JSON:
@@ -344,6 +557,7 @@ def _sniff(data: bytes) -> str | None:
 Block: TypeAlias = Mapping[str, Any] | BaseModel
 Turn: TypeAlias = Mapping[str, Any] | Message
 Messages: TypeAlias = str | Sequence[Turn]
+ToolLike: TypeAlias = Mapping[str, Any] | Tool[..., Any] | Native
 
 
 class RequestFields(TypedDict, total=False):
@@ -355,7 +569,7 @@ class RequestFields(TypedDict, total=False):
     metadata: Mapping[str, Any]
     thinking: Mapping[str, Any]
     output_config: Mapping[str, Any]
-    tools: Sequence[Mapping[str, Any] | Tool[..., Any]]
+    tools: Sequence[ToolLike]
     tool_choice: Mapping[str, Any]
     temperature: float
     top_p: float
@@ -374,6 +588,29 @@ class RequestFields(TypedDict, total=False):
     provider_keys: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request as it is made: its body, and what travels beside it."""
+
+    body: JSON = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    keys: Mapping[str, str] = field(repr=False)
+
+
+def _call(model: str, messages: Messages, fields: Mapping[str, Any]) -> _Call:
+    if unknown := fields.keys() - RequestFields.__annotations__.keys():
+        name = min(unknown)
+        if name == "stream":
+            raise TypeError("there is no stream=; use messages.stream(…)")
+        near = difflib.get_close_matches(name, RunFields.__annotations__, 1)
+        hint = f"did you mean {near[0]}?" if near and near[0] != name else "a provider's own fields go into extra_body"
+        raise TypeError(f"unknown argument {name!r}; {hint}")
+    beside = ("extra_headers", "extra_body", "provider_keys")
+    rest = {name: value for name, value in fields.items() if name not in beside}
+    body = request_body(model, messages, rest | dict(fields.get("extra_body") or {}))
+    return _Call(body, fields.get("extra_headers") or {}, fields.get("provider_keys") or {})
+
+
 def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> JSON:
     """The JSON body of a request, with answers of earlier turns and pydantic objects made plain."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [_turn(turn) for turn in messages]
@@ -390,7 +627,7 @@ def _turn(turn: Turn) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
-    if isinstance(value, Tool):
+    if isinstance(value, (Tool, Native)):
         return value.to_wire()
     if isinstance(value, BaseModel):
         if hasattr(value, "to_wire"):
@@ -901,9 +1138,12 @@ class AsyncMessageStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        while not self._events:
+        while (event := self._take()) is None:
             self._events.extend(await self._batch())
-        return self._events.popleft()
+        return event
+
+    def _take(self) -> StreamEvent | None:
+        return self._events.popleft() if self._events else None
 
     async def _batch(self) -> list[StreamEvent]:
         """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
@@ -953,12 +1193,14 @@ class AsyncMessageStream:
     async def close(self) -> None:
         """Let go of the provider, at once if the answer is not whole."""
         self._inside = False
-        if self._stream is not None:
+        if self._stream is not None and self._ended:
+            await self._stream.finish()
+        elif self._stream is not None:
             self._stream.close()
 
 
-async def text_of(stream: AsyncMessageStream) -> AsyncIterator[str]:
-    """The text deltas of a stream."""
+async def text_of(stream: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """The text deltas of a stream's or a run's events."""
     async for event in stream:
         if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
             yield event.delta.text
@@ -972,16 +1214,56 @@ class AsyncMessages:
 
     async def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
         """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
-        request, keys = self._client._prepare(model, messages, fields)
-        return await self._client._retrying(lambda: self._client._engine.create(request(), keys))
+        return await self._client._create(_call(model, messages, fields))
 
     def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> AsyncMessageStream:
         """The answer as it comes; to be used with `async with`."""
-        return AsyncMessageStream(lambda: self._open(model, messages, fields))
+        call = _call(model, messages, fields)
+        return AsyncMessageStream(lambda: self._client._open(call))
 
-    async def _open(self, model: str, messages: Messages, fields: RequestFields) -> EventStream:
-        request, keys = self._client._prepare(model, messages, fields, stream=True)
-        return await self._client._retrying(lambda: self._client._engine.open(request(), keys))
+    async def run(self, *, model: str, messages: Messages, **fields: Unpack[RunFields]) -> RunResult:
+        """Ask, run the tools that the model calls, and ask again, until it is done or a limit is reached.
+
+        Raises what a provider raises, with the result so far in `error.result`.
+        """
+        async with self._run(model, messages, fields, streaming=False) as run:
+            return await run.final()
+
+    @overload
+    async def extract(
+        self, kind: type[T], /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[T]: ...
+    @overload
+    async def extract(
+        self, kind: Any, /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[Any]: ...
+    async def extract(
+        self, kind: Any, /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[Any]:
+        """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
+
+        An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
+        `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
+        """
+        return await _extract(self._client, kind, _call(model, messages, fields))
+
+    def run_stream(self, *, model: str, messages: Messages, **fields: Unpack[RunFields]) -> AsyncRun:
+        """`run` with its events as they come; to be used with `async with`."""
+        return self._run(model, messages, fields, streaming=True)
+
+    def _run(
+        self,
+        model: str,
+        messages: Messages,
+        fields: RunFields,
+        *,
+        streaming: bool,
+        call_hook: Callable[..., Awaitable[Any]] | None = None,
+    ) -> AsyncRun:
+        options, rest = _split_options(fields)
+        call = _call(model, messages, rest)
+        tools = rest.get("tools", ())
+        return AsyncRun(self._client, lambda: call, tools, options, streaming=streaming, call_hook=call_hook or _inline)
 
 
 class AsyncModels:
@@ -998,7 +1280,8 @@ class AsyncClient:
     """Any model, in process (`AsyncClient()`) or through a gateway (`AsyncClient(base_url=…, api_key=…)`).
 
     `timeout` is in seconds for a whole request; `max_retries` repeats 408, 409, 429, 5xx and failed connections, with
-    growing pauses or after `retry_after`, and never once the answer has begun.
+    growing pauses or after `retry_after`, and never once the answer has begun. `engine` takes the place of providers
+    and gateway, as a `FakeModel` does in tests.
     """
 
     def __init__(
@@ -1011,16 +1294,21 @@ class AsyncClient:
         aliases: Mapping[str, str] | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
+        engine: Engine | None = None,
     ) -> None:
         timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(
             connect=min(10, timeout), first_byte=min(120, timeout), idle=min(120, timeout), total=timeout
         )  # fmt: skip
         self._engine: Engine
+        if engine is not None and (base_url or api_key or provider_keys or base_urls or aliases):
+            raise TypeError("an engine has its own keys and addresses")
         if base_url is None and api_key is not None:
             raise TypeError("api_key is a gateway's and needs base_url; a provider's goes into provider_keys")
         if base_url is not None and (base_urls or aliases):
             raise TypeError("base_urls and aliases are for direct mode; a gateway has its own")
-        if base_url is None:
+        if engine is not None:
+            self._engine = engine
+        elif base_url is None:
             self._engine = Direct(provider_keys=provider_keys, base_urls=base_urls, aliases=aliases, timeouts=timeouts)
         else:
             self._engine = Remote(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
@@ -1028,6 +1316,17 @@ class AsyncClient:
         self._closed = False
         self.messages = AsyncMessages(self)
         self.models = AsyncModels(self)
+
+    def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> AsyncConversation:
+        """A conversation that keeps its history; the fields are those of all its requests."""
+        return AsyncConversation(self, model, messages, fields)
+
+    def load_conversation(self, data: Mapping[str, Any] | str, *, tools: Sequence[ToolLike] = ()) -> AsyncConversation:
+        """The conversation that `dump()` gave, as a dict or as JSON; functions of tools are to be given again."""
+        model, messages, fields, usage = _loaded(data, tools)
+        chat = AsyncConversation(self, model, messages, fields)
+        chat.usage = usage
+        return chat
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -1042,18 +1341,13 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self._engine).__name__.lower()})"
 
-    def _prepare(
-        self, model: str, messages: Messages, fields: RequestFields, stream: bool = False
-    ) -> tuple[Any, Mapping[str, str]]:
-        """A maker of the request (a retry starts afresh), and the keys that come with it."""
-        if "stream" in fields:
-            raise TypeError("create() has no stream=; use messages.stream(…)")
-        rest = dict(fields)
-        headers: Any = rest.pop("extra_headers", None) or {}
-        keys: Any = rest.pop("provider_keys", None) or {}
-        more: Any = rest.pop("extra_body", None) or {}
-        body = request_body(model, messages, {**rest, **more, **({"stream": True} if stream else {})})
-        return lambda: self._engine.parse(body, headers), keys
+    async def _create(self, call: _Call) -> Message:
+        engine = self._engine
+        return await self._retrying(lambda: engine.create(engine.parse(call.body, call.headers), call.keys))
+
+    async def _open(self, call: _Call) -> EventStream:
+        engine, body = self._engine, call.body | {"stream": True}
+        return await self._retrying(lambda: engine.open(engine.parse(body, call.headers), call.keys))
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._closed:
@@ -1073,6 +1367,839 @@ class AsyncClient:
         raise AssertionError("unreachable")
 
 
+# == The tool loop =====================================================================================================
+# A run asks the model, runs the tools that it calls and asks again, until the model is done or a limit is reached.
+# However it ends, `messages` is a history that every provider takes: each call has exactly one result.
+
+
+class RunOptions(TypedDict, total=False):
+    """Limits and hooks of a run; times in seconds. Hooks may be async."""
+
+    max_tool_calls: int
+    max_turns: int
+    max_total_tokens: int
+    timeout: float
+    stop_when: Callable[[Message], Any]
+    parallel_tools: bool
+    tool_timeout: float | None
+    before_call: Callable[[JSON], Any]
+    after_response: Callable[[Message], Any]
+    on_tool_call: Callable[[str, JSON, Any, str | None], Any]
+
+
+class RunFields(RequestFields, RunOptions, total=False):
+    """What `run` and `run_stream` take beside `model` and `messages`."""
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """A call that the model made: what the function returned, or the `error` that went back instead."""
+
+    id: str
+    name: str
+    input: JSON
+    output: Any = None
+    error: str | None = None
+    result: JSON | None = field(default=None, repr=False)  # the `tool_result` block, once there is one
+    toolset: str | None = field(default=None, repr=False)  # Anthropic's name for the set that the tool is of
+
+
+@dataclass(slots=True)
+class Step:
+    """One answer of the model, and the calls in it."""
+
+    response: Message
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run came to, at any time of it.
+
+    `stop_reason` is the last answer's own (`end_turn`, `max_tokens` …) or what ended the run: `max_tool_calls`,
+    `max_turns`, `max_total_tokens`, `timeout`, `custom` (`stop_when`), `cancelled`, `error`; None while it goes on.
+    `response` is the last whole answer; None if there was none. `messages` is the history, the request's included.
+    `usage` is the sum over all answers, also of those that were cut short, as far as it is known.
+    """
+
+    messages: list[JSON]
+    response: Message | None = None
+    steps: list[Step] = field(default_factory=list)
+    stop_reason: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    turn_count: int = 0
+    tool_call_count: int = 0
+
+    @property
+    def text(self) -> str:
+        """The last answer's text."""
+        return self.response.text if self.response else ""
+
+
+@dataclass(slots=True)
+class StepStart:
+    index: int
+    type: ClassVar[Literal["step_start"]] = "step_start"
+
+
+@dataclass(slots=True)
+class ToolCallStart:
+    call: ToolCall
+    type: ClassVar[Literal["tool_call_start"]] = "tool_call_start"
+
+
+@dataclass(slots=True)
+class ToolResult:
+    """A call has its result. Results come as the tools finish; in the history they stand in order."""
+
+    call: ToolCall
+    type: ClassVar[Literal["tool_result"]] = "tool_result"
+
+
+@dataclass(slots=True)
+class StepComplete:
+    index: int
+    step: Step
+    type: ClassVar[Literal["step_complete"]] = "step_complete"
+
+
+@dataclass(slots=True)
+class Interrupted:
+    """The run goes on with a new message; `partial` is what was kept of the answer that it cut short."""
+
+    partial: str
+    type: ClassVar[Literal["interrupted"]] = "interrupted"
+
+
+@dataclass(slots=True)
+class RunComplete:
+    result: RunResult
+    type: ClassVar[Literal["run_complete"]] = "run_complete"
+
+
+RunEvent: TypeAlias = StreamEvent | StepStart | ToolCallStart | ToolResult | StepComplete | Interrupted | RunComplete
+Partial: TypeAlias = Literal["discard", "save", "marked"]
+
+_NOT_RUN = {
+    "max_tool_calls": "Not run: no more tool calls are allowed. Answer with what you have.",
+    "max_turns": "Not run: the limit of turns is reached.",
+    "max_total_tokens": "Not run: the limit of tokens is reached.",
+    "custom": "Not run: the run was stopped.",
+    "timeout": "Not finished: time is up.",
+    "cancelled": "Not finished: the run was cancelled.",
+    "interrupted": "Not finished: the user interrupted.",
+    "error": "Not finished: the run failed.",
+}
+
+
+_LEAST = {"max_tool_calls": 0, "max_turns": 1, "max_total_tokens": 1, "timeout": 0, "tool_timeout": 0}
+
+
+def _split_options(fields: RunFields) -> tuple[RunOptions, RequestFields]:
+    """The run's own options, checked, and the fields of its requests."""
+    own = RunOptions.__annotations__.keys()
+    options: Any = {name: value for name, value in fields.items() if name in own}
+    for name, least in _LEAST.items():
+        if options.get(name, least) is None and name != "tool_timeout":
+            del options[name]
+        elif (value := options.get(name)) is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; the least is {least}")
+    rest: Any = {name: value for name, value in fields.items() if name not in own}
+    return options, rest
+
+
+class _Stopped(Exception):
+    """The run was cancelled, interrupted or out of time while it waited."""
+
+
+class AsyncRun:
+    """A run in progress. Iterate it for events, or `text` for text alone; `result` is what there is at any time.
+
+        async with client.messages.run_stream(model=…, messages=…, tools=[get_weather]) as run:
+            async for text in run.text:
+                print(text, end="", flush=True)
+        print(run.result.usage.total_tokens)
+
+    `cancel()` ends it, `interrupt("actually …")` goes on with a new message; both also from inside the loop.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        call: Callable[[], _Call],
+        tools: Sequence[ToolLike],
+        options: RunOptions,
+        *,
+        streaming: bool,
+        call_hook: Callable[..., Awaitable[Any]],
+        on_end: Callable[[RunResult], None] | None = None,
+    ) -> None:
+        self.result = RunResult(messages=[])
+        self._client = client
+        self._make_call = call
+        self._tools = {tool.name: tool for tool in tools if isinstance(tool, Tool)}
+        self._natives = [tool for tool in tools if isinstance(tool, Native) and tool.act]
+        self._options = options
+        self._streaming = streaming
+        self._hook = call_hook
+        self._on_end = on_end
+        self._deadline: float | None = None
+        self._scope: asyncio.Timeout | None = None  # around what the run waits for
+        self._wanted: Literal["cancelled", "interrupted"] | None = None
+        self._said: list[Any] = []  # the messages of interruptions
+        self._keep: Partial = "discard"
+        self._answer: Accumulator | None = None  # the answer that is coming in, as far as it was handed out
+        self._tools_off = False
+        self._open: list[ToolCall] = []  # the calls of the last answer, until their results are in the history
+        self._inside = False
+        self._generator = self._steps()
+        self._events: collections.deque[RunEvent] = collections.deque()
+
+    async def __aenter__(self) -> AsyncRun:
+        self._inside = True
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncRun:
+        return self
+
+    async def __anext__(self) -> RunEvent:
+        while (event := self._take()) is None:
+            self._events.extend(await self._batch())
+        return event
+
+    async def _batch(self) -> list[RunEvent]:
+        """The next events. Raises `StopAsyncIteration` at the end."""
+        if not self._inside:
+            raise RuntimeError("a run is used inside its `with` or `async with`")
+        return await anext(self._generator)
+
+    def _take(self) -> RunEvent | None:
+        """An event that is there; what has come of an answer after it was cut short is not handed out."""
+        if self._answer and self._wanted:
+            self._events.clear()
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        if self._answer:
+            self._answer.add(event)  # type: ignore[arg-type]  # it passes over what is not the answer's
+        return event
+
+    @property
+    def text(self) -> AsyncIterator[str]:
+        """The pieces of text of all answers, as they come."""
+        return text_of(self)
+
+    @property
+    def message(self) -> Message | None:
+        """The answer that is coming in, as far as it has come; between two of them the last one."""
+        return self._answer.message if self._answer else self.result.response
+
+    async def final(self) -> RunResult:
+        """Run to the end."""
+        async for _ in self:
+            pass
+        return self.result
+
+    async def close(self) -> None:
+        """End it where it is; its history is whole all the same."""
+        self._inside = False
+        generator: Any = self._generator
+        if generator.ag_running:  # in another task, where it comes to its end
+            self.cancel()
+        else:
+            await generator.aclose()
+
+    def cancel(self) -> None:
+        """End the run: no further call. What is left of an answer in progress is not in the history."""
+        if self.result.stop_reason is None:
+            self._wanted = "cancelled"
+            self._cut()
+
+    def interrupt(self, message: str | Sequence[Block], partial: Partial = "discard") -> bool:
+        """Stop the answer in progress, or its tools, and go on with a new message of the user.
+
+        `partial` says what becomes of the text that was said: `discard`, `save`, or `marked` with `[interrupted]`.
+        False if the run was over already.
+        """
+        if partial not in get_args(Partial):
+            raise ValueError(f"partial is one of {', '.join(get_args(Partial))}; not {partial!r}")
+        if self.result.stop_reason is not None:
+            return False
+        self._said.append(_plain(message))
+        self._keep = partial
+        if self._wanted is None:
+            self._wanted = "interrupted"
+            self._cut()
+        return True
+
+    def _cut(self) -> None:
+        if self._scope is not None and not self._scope.expired():
+            self._scope.reschedule(0)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    async def _steps(self) -> AsyncGenerator[list[RunEvent], None]:
+        result, call = self.result, self._begin()
+        try:
+            while result.stop_reason is None:
+                try:
+                    yield [StepStart(len(result.steps))]
+                    async with self._within():
+                        asked = await self._next_call(call)
+                    result.turn_count += 1
+                    if self._streaming:
+                        async with self._within():
+                            stream = await self._client._open(asked)
+                        try:
+                            self._answer = Accumulator()
+                            while events := await self._more(stream):
+                                yield events
+                            await stream.finish()
+                        finally:
+                            stream.close()
+                        response = self._answer.message
+                    else:
+                        async with self._within():
+                            response = await self._client._create(asked)
+                    if response is None:
+                        raise StreamTruncated("the answer ended before it began")
+                    step = self._answered(response)
+                    async with self._within():
+                        reason = await self._verdict(step)
+                    tasks: list[asyncio.Task[ToolCall]] = []
+                    try:
+                        for group in self._groups(step) if reason is None else ():
+                            yield [ToolCallStart(tool_call) for tool_call in group]
+                            tasks = running = [asyncio.create_task(self._use(tool_call)) for tool_call in group]
+                            while running:
+                                async with self._within():
+                                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                                yield [ToolResult(task.result()) for task in running if task.done()]
+                                running = [task for task in running if not task.done()]
+                    finally:
+                        for task in tasks:
+                            task.cancel()
+                        await asyncio.gather(*tasks, return_exceptions=True)
+                    self._settle(reason or "max_tool_calls")
+                    yield [StepComplete(len(result.steps) - 1, step)]
+                    result.stop_reason = reason
+                except _Stopped:
+                    why = self._wanted or "timeout"
+                    kept = self._keep_partial()
+                    self._settle(why)
+                    if why == "interrupted":
+                        yield [self._go_on(kept)]
+                    else:
+                        result.stop_reason = why
+        except BaseException as fault:
+            ended = "error" if isinstance(fault, Exception) else "cancelled"
+            self._keep = "discard"
+            self._keep_partial()
+            self._settle(ended)
+            result.stop_reason = result.stop_reason or ended
+            if isinstance(fault, Error):
+                fault.result = result
+            raise
+        finally:
+            self._drop_unanswered()
+            if self._on_end:
+                self._on_end(result)
+        yield [RunComplete(result)]
+
+    def _begin(self) -> _Call:
+        call, options = self._make_call(), self._options
+        self.result.messages = call.body["messages"]
+        if (timeout := options.get("timeout")) is not None:
+            self._deadline = asyncio.get_running_loop().time() + timeout
+        return call
+
+    @contextlib.asynccontextmanager
+    async def _within(self) -> AsyncGenerator[None, None]:
+        """Around whatever the run waits for: `_Stopped` where it is cancelled, interrupted or out of time.
+
+        By a timeout's own means, which tell a cancellation of ours from one of the task's.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._wanted or (self._deadline is not None and now >= self._deadline):
+            raise _Stopped
+        scope = self._scope = asyncio.timeout_at(self._deadline)
+        try:
+            async with scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise _Stopped from None
+        finally:
+            self._scope = None
+
+    async def _more(self, stream: EventStream) -> list[RunEvent]:
+        async with self._within():
+            async for events in stream:
+                return [*events]
+        return []
+
+    async def _next_call(self, call: _Call) -> _Call:
+        """The request for the next answer. A forced tool is forced once: for ever would be a loop without an end."""
+        body = {**call.body, "messages": list(self.result.messages)}
+        choice = body.get("tool_choice") or {}
+        if self._tools_off and body.get("tools"):
+            body["tool_choice"] = {"type": "none"}
+        elif self.result.tool_call_count and choice.get("type") in ("any", "tool"):
+            body["tool_choice"] = {**choice, "type": "auto"}
+            body["tool_choice"].pop("name", None)
+        if before_call := self._options.get("before_call"):
+            body = copy.deepcopy(body)
+            changed = await self._hook(before_call, body)
+            body = body if changed is None else changed
+        return replace(call, body=body)
+
+    def _answered(self, response: Message) -> Step:
+        """Take a whole answer into the history."""
+        result, calls = self.result, []
+        self._answer = None
+        for block in response.content:
+            if isinstance(block, ToolUse):
+                toolset = (block.model_extra or {}).get("toolset_name")
+                calls.append(ToolCall(block.id, block.name, block.input, toolset=toolset))
+        result.usage = _added(result.usage, response.usage)
+        result.response = response
+        result.steps.append(Step(response, calls))
+        if response.content:
+            result.messages.append(_turn(response))
+        self._open = calls
+        return result.steps[-1]
+
+    async def _verdict(self, step: Step) -> str | None:
+        """Why the run ends with this answer; None if it goes on."""
+        options, result, response = self._options, self.result, step.response
+        if after_response := options.get("after_response"):
+            await self._hook(after_response, response)
+        if (stop_when := options.get("stop_when")) and await self._hook(stop_when, response):
+            return "custom"
+        reason = response.stop_reason or "end_turn"
+        calling = bool(step.tool_calls) and reason in ("tool_use", "end_turn")
+        if not calling and reason != "pause_turn":
+            return "max_tool_calls" if self._tools_off else "end_turn" if reason == "tool_use" else reason
+        if self._tools_off and calling:
+            return "max_tool_calls"
+        if result.turn_count >= options.get("max_turns", math.inf):
+            return "max_turns"
+        if result.usage.total_tokens >= options.get("max_total_tokens", math.inf):
+            return "max_total_tokens"
+        return None
+
+    def _groups(self, step: Step) -> list[list[ToolCall]]:
+        """The calls that may run, as they run side by side. Where some may not, the tools are off from here."""
+        left = self._options.get("max_tool_calls", math.inf) - self.result.tool_call_count
+        calls = [tool_call for number, tool_call in enumerate(step.tool_calls) if number < left]
+        self._tools_off = self._tools_off or len(calls) < len(step.tool_calls)
+        if not calls:
+            return []
+        return [calls] if self._options.get("parallel_tools", True) else [[tool_call] for tool_call in calls]
+
+    async def _use(self, call: ToolCall) -> ToolCall:
+        """Run a tool. Whatever goes wrong with it is for the model to read, and the run goes on."""
+        self.result.tool_call_count += 1
+        tool = self._tools.get(call.name)
+        limit = tool.timeout if tool and tool.timeout is not None else self._options.get("tool_timeout", 30)
+        try:
+            async with asyncio.timeout(limit) as scope:
+                call.output = await (_invoke(tool.function, **tool.bind(call.input)) if tool else self._act(call))
+            call.result = tool_result(call.id, call.output)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            call.error = "The tool was cancelled."
+        except (Exception, SystemExit) as fault:
+            late = isinstance(fault, TimeoutError) and scope.expired()
+            call.error = f"The tool took longer than {limit:g} seconds." if late else _tool_error(fault)
+        if call.error is not None:
+            call.result = tool_result(call.id, call.error, is_error=True)
+        if on_tool_call := self._options.get("on_tool_call"):
+            await self._hook(on_tool_call, call.name, call.input, call.output, call.error)
+        return call
+
+    async def _act(self, call: ToolCall) -> Any:
+        """A call of a provider's own tool that is run here, if it is one."""
+        editing = call.name in ("str_replace_based_edit_tool", "text_editor")
+        for native in self._natives:
+            if native.act and editing == (native.kind == "text_editor"):
+                return await _invoke(native.act, call.name, call.input)
+        known = ", ".join(self._tools) or "none"
+        raise _Told(f"There is no tool {call.name!r} that can be run. Tools: {known}.")
+
+    def _settle(self, why: str) -> None:
+        """Put the results of the last answer's calls into the history; one that has none says why."""
+        calls, self._open = self._open, []
+        for call in calls:
+            if call.result is None:
+                call.error = _NOT_RUN.get(why, f"Not run: the answer ended with {why}.")
+                call.result = tool_result(call.id, call.error, is_error=True)
+            if call.toolset:
+                call.result["toolset_name"] = call.toolset
+        if calls:
+            self.result.messages.append({"role": "user", "content": [call.result for call in calls]})
+
+    def _keep_partial(self) -> str:
+        """What was said of an answer that was cut short, as far as it is to be kept."""
+        answer, self._answer = self._answer, None
+        if answer is None or answer.message is None:
+            return ""
+        answer.settle()
+        self.result.usage = _added(self.result.usage, answer.message.usage)
+        said = answer.message.text
+        if self._keep == "discard" or not said.strip():
+            return ""
+        said += " [interrupted]" if self._keep == "marked" else ""
+        self.result.messages.append({"role": "assistant", "content": [text(said)]})
+        return said
+
+    def _go_on(self, kept: str) -> Interrupted:
+        self._drop_unanswered()
+        self.result.messages += ({"role": "user", "content": said} for said in self._said)
+        self._wanted, self._said, self._tools_off = None, [], False
+        return Interrupted(kept)
+
+    def _drop_unanswered(self) -> None:
+        """A server tool that the provider had not run when it paused: without a result no provider takes it back."""
+        last = self.result.messages[-1] if self.result.messages else {}
+        blocks = _blocks(last) if last.get("role") == "assistant" else []
+        answered = {block.get("tool_use_id") for block in blocks}
+        uses = ("server_tool_use", "mcp_tool_use")
+        kept = [block for block in blocks if block.get("type") not in uses or block.get("id") in answered]
+        if len(kept) < len(blocks):
+            self.result.messages[-1:] = [{**last, "content": kept}] if kept else []
+
+
+def _blocks(turn: JSON) -> list[JSON]:
+    """The blocks of a turn that may be anything yet."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+
+
+class _Told(Exception):
+    """An error whose text is for the model as it is."""
+
+
+def _tool_error(fault: BaseException) -> str:
+    plain = isinstance(fault, _Told) or (type(fault) is ValueError and str(fault))
+    return str(fault) if plain else f"{type(fault).__name__}: {fault}"
+
+
+def _added(total: Usage, more: Usage) -> Usage:
+    """The sum of two usages, with all the details that providers give."""
+    return Usage.model_validate(_sum(total.to_wire(), more.to_wire()))
+
+
+def _sum(total: JSON, more: JSON) -> JSON:
+    out = dict(total)
+    for name, value in more.items():
+        old = out.get(name)
+        if isinstance(value, dict):
+            out[name] = _sum(old if isinstance(old, dict) else {}, value)
+        elif isinstance(value, (int, float)) and isinstance(old, (int, float)) and not isinstance(value, bool):
+            out[name] = old + value
+        else:
+            out[name] = value
+    return out
+
+
+async def _invoke(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the user's: one that is not async on a thread of its own."""
+    if inspect.iscoroutinefunction(function):
+        return await function(*args, **kwargs)
+    value = await _in_thread(function, *args, **kwargs)
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _inline(function: Callable[..., Any], *args: Any) -> Any:
+    value = function(*args)
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run on a daemon thread: one that hangs holds up neither other calls nor the end of the program, as an executor's
+    would."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(value: Any, fault: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_result((value, fault))
+
+    def work() -> None:
+        value, fault = None, None
+        try:
+            value = context.run(function, *args, **kwargs)
+        except BaseException as raised:
+            fault = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, value, fault)
+
+    threading.Thread(target=work, name="vai-tool", daemon=True).start()
+    value, fault = await ended
+    if fault is not None:
+        raise fault
+    returned: T = value
+    return returned
+
+
+# == Structured answers ================================================================================================
+
+
+@dataclass(slots=True)
+class Extracted(Generic[T]):
+    """What `extract` got: `parsed` is of the type asked for; `usage` counts a mended answer too."""
+
+    parsed: T
+    response: Message
+    usage: Usage
+
+
+class _Form:
+    """A type as a model is asked for it, and its answer read. What is no object in JSON is wrapped in one."""
+
+    tool_name = "answer"
+
+    def __init__(self, kind: Any) -> None:
+        self._ways = ["native", "forced", "offered"]
+        self._adapter: TypeAdapter[Any] = TypeAdapter(_portable(kind))
+        schema = _lean(self._adapter.json_schema())
+        defs = schema.pop("$defs", {})
+        if set(schema) == {"$ref"}:  # a model that refers to itself
+            schema = defs[schema["$ref"].rpartition("/")[2]]
+        self._wrapped = schema.get("type") != "object"
+        if self._wrapped:
+            schema = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+        self.schema: JSON = schema | ({"$defs": defs} if defs else {})
+
+    async def ask(self, client: AsyncClient, call: _Call) -> Message:
+        """By structured output; where provider or model has none, by a tool that must be called, or may be."""
+        while True:
+            try:
+                return await client._create(replace(call, body=call.body | self._wanted(call.body)))
+            except InvalidRequestError as fault:
+                words = f"{fault.param} {fault.message}"
+                if len(self._ways) == 1 or not (fault.code == "unsupported_feature" or _NO_STRUCTURE.search(words)):
+                    raise
+                del self._ways[0]
+
+    def _wanted(self, body: JSON) -> JSON:
+        if self._ways[0] == "native":
+            return {"output_format": {"type": "json_schema", "json_schema": self.schema}}
+        about = "Gives the answer to the user. Always answer by calling this tool."
+        tool = {"name": self.tool_name, "description": about, "input_schema": self.schema}
+        forced = {"type": "tool", "name": self.tool_name, "disable_parallel_tool_use": True}
+        choice = {"tool_choice": forced} if self._ways[0] == "forced" else {}
+        return {"tools": [*body.get("tools", ()), tool], **choice}
+
+    def read(self, response: Message) -> Any:
+        """The value in an answer. Raises `ValueError`, whose text helps a model to mend it."""
+        calls = [call.input for call in response.tool_calls if call.name == self.tool_name]
+        try:
+            found = calls[0] if calls else providers.loads(_unfenced(response.text))
+        except ValueError as fault:
+            raise ValueError(f"The answer is not JSON: {fault}") from None
+        if self._wrapped and isinstance(found, dict) and "value" in found:
+            found = found["value"]
+        try:
+            return self._adapter.validate_json(providers.dumps(found))
+        except ValidationError as fault:
+            raise ValueError(_told(fault, "The answer does not fit the schema:")) from None
+
+    def mend(self, response: Message, wrong: str) -> list[JSON]:
+        """The turns that ask for a better answer."""
+        how = "" if self._ways[0] == "native" else f", by calling the tool {self.tool_name}"
+        again = f"{wrong}\nGive the whole answer again, corrected{how}."
+        calls = response.tool_calls
+        results = [tool_result(call.id, again, is_error=True) for call in calls]
+        return [_turn(response), {"role": "user", "content": results or again}]
+
+
+def _unfenced(text: str) -> str:
+    """What is inside ``` where a model puts its JSON there."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+    return fenced[1] if fenced else text
+
+
+_NO_STRUCTURE = re.compile(
+    r"(?i)response.?format|json.?schema|response.?schema|output_(config|format)|structured|tool.?choice"
+)
+_UNMENDABLE = {
+    "refusal": "the model declined to answer",
+    "max_tokens": "the answer was cut off at max_tokens",
+    "model_context_window_exceeded": "the answer was cut off at the end of the context window",
+}
+
+
+async def _extract(client: AsyncClient, kind: Any, call: _Call) -> Extracted[Any]:
+    if taken := {"output_format", "tool_choice"} & call.body.keys():
+        raise TypeError(f"extract() sets {min(taken)} itself")
+    form, usage = _Form(kind), Usage()
+    for _ in range(2):
+        response = await form.ask(client, call)
+        usage = _added(usage, response.usage)
+        try:
+            return Extracted(form.read(response), response, usage)
+        except ValueError as fault:
+            why = _UNMENDABLE.get(response.stop_reason or "", str(fault))
+        if response.stop_reason in _UNMENDABLE or not response.content:
+            break
+        call = replace(call, body={**call.body, "messages": [*call.body["messages"], *form.mend(response, why)]})
+    code = response.stop_reason if response.stop_reason in _UNMENDABLE else "invalid_output"
+    failed = ProviderError(f"nothing could be extracted: {why}", provider=response.model.partition("/")[0], code=code)
+    failed.begun = True
+    failed.result = response
+    raise failed
+
+
+# == Conversations =====================================================================================================
+
+
+class TurnFields(RunFields, total=False):
+    """What one turn of a conversation may have of its own."""
+
+    model: str
+
+
+class _Chat:
+    """What both kinds of conversation are: a model, a history, and what every request of it says."""
+
+    _call_hook: Callable[..., Awaitable[Any]] = staticmethod(_inline)
+
+    def __init__(self, client: AsyncClient, model: str, messages: Messages, fields: RunFields) -> None:
+        self.model = model
+        self.messages: list[JSON] = request_body(model, messages, {})["messages"]
+        self.usage = Usage()
+        self._client = client
+        self._fields = fields
+        self._busy = False
+        _call(model, messages, _split_options(fields)[1])  # raises for what is no field
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model}, {len(self.messages)} messages)"
+
+    @property
+    def system(self) -> str | Sequence[Block] | None:
+        """The system prompt; it may be changed between turns."""
+        return self._fields.get("system")
+
+    @system.setter
+    def system(self, system: str | Sequence[Block] | None) -> None:
+        fields: Any = {**self._fields, "system": system}
+        self._fields = fields
+
+    def dump(self) -> JSON:
+        """The conversation as JSON can hold it. Not in it: keys, headers, limits, hooks, and the functions of tools,
+        of which only the descriptions are kept."""
+        kept = RequestFields.__annotations__.keys() - {"provider_keys", "extra_headers"}
+        fields = {name: _plain(value) for name, value in self._fields.items() if name in kept and value is not None}
+        return {"version": 1, "model": self.model, "messages": copy.deepcopy(self.messages), "fields": fields,
+                "usage": self.usage.to_wire()}  # fmt: skip
+
+    def _like(self, other: _Chat) -> None:
+        self.usage = other.usage.model_copy()
+        self.messages = copy.deepcopy(other.messages)
+
+    def _begin(self, content: Any, turn: TurnFields, *, streaming: bool) -> AsyncRun:
+        given: Any = {**self._fields, **turn}
+        model = given.pop("model", self.model)
+        options, fields = _split_options(given)
+        said = 0
+
+        def start() -> _Call:
+            if self._busy:
+                raise RuntimeError("this conversation is still answering; fork() it to say two things at once")
+            if content is None and not self.messages:
+                raise ValueError("nothing was said yet")
+            nonlocal said
+            said = len(self.messages)
+            new = [] if content is None else [{"role": "user", "content": content}]
+            call = _call(model, [*self.messages, *new], fields)
+            self._busy = True
+            return call
+
+        def end(result: RunResult) -> None:
+            self._busy = False
+            self.usage = _added(self.usage, result.usage)
+            answered = any(turn["role"] == "assistant" for turn in result.messages[said:])
+            if answered or result.stop_reason == "cancelled":  # else the same can be said once more
+                self.messages = result.messages
+
+        return AsyncRun(
+            self._client,
+            start,
+            fields.get("tools", ()),
+            options,
+            streaming=streaming,
+            call_hook=self._call_hook,
+            on_end=end,
+        )
+
+
+def _loaded(data: Mapping[str, Any] | str, tools: Sequence[ToolLike]) -> tuple[str, list[JSON], RunFields, Usage]:
+    """What `dump` gave. Raises `ValueError` for anything else; `tools` stand over the described ones."""
+    try:
+        saved = json.loads(data) if isinstance(data, str) else data
+        if saved["version"] != 1:
+            raise ValueError(f"a conversation of version {saved['version']}; this vai knows version 1")
+        model, messages, fields = str(saved["model"]), copy.deepcopy(saved["messages"]), dict(saved["fields"])
+        if messages:
+            providers.parse_request({"model": "anthropic/any", "messages": messages})
+        usage = Usage.model_validate(saved.get("usage") or {})
+    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as fault:
+        raise ValueError(f"not a conversation as dump() gives it: {type(fault).__name__}: {fault}") from None
+    except InvalidRequestError as fault:
+        raise ValueError(f"not a conversation as dump() gives it: {fault}") from None
+    if tools:
+        own = {_tool_name(tool) for tool in tools}
+        fields["tools"] = [*tools, *(tool for tool in fields.get("tools", ()) if _tool_name(tool) not in own)]
+    loaded: Any = fields
+    return model, messages, loaded, usage
+
+
+def _tool_name(tool: ToolLike) -> Any:
+    plain: Mapping[str, Any] = _plain(tool)
+    return plain.get("name") or plain.get("type")
+
+
+class AsyncConversation(_Chat):
+    """A conversation, which keeps its history: `client.conversation(model=…, system=…, tools=[…])`.
+
+    `model`, `system` and `messages` may be changed between turns.
+    """
+
+    async def say(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> Message:
+        """The model's answer, after whatever tools it called. Without `content` the model goes on."""
+        return _response_of(await self.run(content, **turn))
+
+    async def run(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> RunResult:
+        """`messages.run` with this conversation's history."""
+        async with self._begin(content, turn, streaming=False) as run:
+            return await run.final()
+
+    def stream(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> AsyncRun:
+        """`messages.run_stream` with this conversation's history."""
+        return self._begin(content, turn, streaming=True)
+
+    def fork(self) -> AsyncConversation:
+        """Another conversation that begins where this one is."""
+        other = AsyncConversation(self._client, self.model, (), self._fields)
+        other._like(self)
+        return other
+
+
+def _response_of(result: RunResult) -> Message:
+    if result.response is None:
+        raise ProviderTimeoutError("there was no answer in time", code="run_timeout")
+    return result.response
+
+
 # == The synchronous client ============================================================================================
 
 
@@ -1080,6 +2207,10 @@ class _Portal:
     """An event loop on a thread of its own, where the asynchronous client does the work of the synchronous one."""
 
     def __init__(self) -> None:
+        _PORTALS.add(self)
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -1101,6 +2232,9 @@ class _Portal:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end on the loop's thread; Ctrl-C here cancels it there."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a Client cannot wait for itself: an async tool that asks a model uses an AsyncClient")
         try:
             future = asyncio.run_coroutine_threadsafe(work, self._running())
         except RuntimeError:
@@ -1115,6 +2249,14 @@ class _Portal:
                 with contextlib.suppress(concurrent.futures.CancelledError, Exception):
                     future.result(1)
             raise
+
+    def soon(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on the loop's thread, which may be this one."""
+
+        async def called() -> T:
+            return function(*args)
+
+        return function(*args) if threading.current_thread() is self._thread else self.call(called())
 
     def stop(self) -> None:
         """Cancel what still runs, and end the thread."""
@@ -1136,45 +2278,64 @@ class _Portal:
         await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-class MessageStream:
-    """`AsyncMessageStream` without `await`: events come over in batches, one for each read of the socket."""
+_PORTALS: weakref.WeakSet[_Portal] = weakref.WeakSet()
 
-    def __init__(self, client: Client, stream: AsyncMessageStream) -> None:
+
+def _forked() -> None:
+    """The child of a fork has the loops, but not the threads: each portal begins anew."""
+    for portal in list(_PORTALS):
+        providers.keep_for_ever(portal._loop)
+        portal._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+E = TypeVar("E")
+
+
+class _Blocking(Generic[E]):
+    """A stream without `await`: events come over in batches, one for each read of the socket."""
+
+    def __init__(self, client: Client, stream: AsyncMessageStream | AsyncRun) -> None:
         self._client = client  # which lives as long as its streams
         self._portal = client._portal
-        self._async = stream
-        self._events: collections.deque[StreamEvent] = collections.deque()
+        self._async: Any = stream
         self._ended = False
 
-    def __enter__(self) -> MessageStream:
+    def __enter__(self) -> Self:
         try:
             self._portal.call(self._async.__aenter__())
         except BaseException:  # Ctrl-C just when the stream was there
             with contextlib.suppress(RuntimeError):
-                self._portal.call(self._async.close())
+                self.close()
             raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[StreamEvent]:
+    def __iter__(self) -> Iterator[E]:
         return self
 
-    def __next__(self) -> StreamEvent:
-        while not self._events:
+    def __next__(self) -> E:
+        event: E | None
+        while (event := self._async._take()) is None:
             if self._ended:
                 raise StopIteration
             batch = self._portal.call(self._next_batch())
             self._ended = not batch
-            self._events.extend(batch)
-        return self._events.popleft()
+            self._async._events.extend(batch)
+        found: E = event
+        return found
 
-    async def _next_batch(self) -> list[StreamEvent]:
+    async def _next_batch(self) -> Sequence[Any]:
         try:
-            return await self._async._batch()
+            batch: Sequence[Any] = await self._async._batch()
         except StopAsyncIteration:
-            return []
+            return ()
+        return batch
 
     @property
     def text(self) -> Iterator[str]:
@@ -1182,6 +2343,15 @@ class MessageStream:
         for event in self:
             if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
                 yield event.delta.text
+
+    def close(self) -> None:
+        self._portal.call(self._async.close())
+
+
+class MessageStream(_Blocking[StreamEvent]):
+    """`AsyncMessageStream` without `await`."""
+
+    _async: AsyncMessageStream
 
     @property
     def message(self) -> Message | None:
@@ -1196,11 +2366,30 @@ class MessageStream:
         return self._async.request_id
 
     def final(self) -> Message:
-        self._events.clear()
         return self._portal.call(self._async.final())
 
-    def close(self) -> None:
-        self._portal.call(self._async.close())
+
+class Run(_Blocking[RunEvent]):
+    """`AsyncRun` without `await`. `cancel` and `interrupt` may be called from any thread."""
+
+    _async: AsyncRun
+
+    @property
+    def result(self) -> RunResult:
+        return self._async.result
+
+    @property
+    def message(self) -> Message | None:
+        return self._async.message
+
+    def final(self) -> RunResult:
+        return self._portal.call(self._async.final())
+
+    def cancel(self) -> None:
+        self._portal.soon(self._async.cancel)
+
+    def interrupt(self, message: str | Sequence[Block], partial: Partial = "discard") -> bool:
+        return self._portal.soon(self._async.interrupt, message, partial)
 
 
 class SyncMessages:
@@ -1208,17 +2397,75 @@ class SyncMessages:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._async = client._async.messages
 
     def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
         """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
-        client = self._client
-        return client._portal.call(client._async.messages.create(model=model, messages=messages, **fields))
+        return self._client._portal.call(self._async.create(model=model, messages=messages, **fields))
 
     def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> MessageStream:
         """The answer as it comes; to be used with `with`."""
-        return MessageStream(
-            self._client, self._client._async.messages.stream(model=model, messages=messages, **fields)
-        )
+        return MessageStream(self._client, self._async.stream(model=model, messages=messages, **fields))
+
+    def run(self, *, model: str, messages: Messages, **fields: Unpack[RunFields]) -> RunResult:
+        """Ask, run the tools that the model calls, and ask again, until it is done or a limit is reached.
+
+        Raises what a provider raises, with the result so far in `error.result`.
+        """
+        run = self._async._run(model, messages, fields, streaming=False, call_hook=_invoke)
+        with Run(self._client, run) as running:
+            return running.final()
+
+    def run_stream(self, *, model: str, messages: Messages, **fields: Unpack[RunFields]) -> Run:
+        """`run` with its events as they come; to be used with `with`."""
+        return Run(self._client, self._async._run(model, messages, fields, streaming=True, call_hook=_invoke))
+
+    @overload
+    def extract(
+        self, kind: type[T], /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[T]: ...
+    @overload
+    def extract(
+        self, kind: Any, /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[Any]: ...
+    def extract(
+        self, kind: Any, /, *, model: str, messages: Messages, **fields: Unpack[RequestFields]
+    ) -> Extracted[Any]:
+        """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
+
+        An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
+        `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
+        """
+        return self._client._portal.call(self._async.extract(kind, model=model, messages=messages, **fields))
+
+
+class Conversation(_Chat):
+    """`AsyncConversation` without `await`."""
+
+    _call_hook = staticmethod(_invoke)
+
+    def __init__(self, owner: Client, model: str, messages: Messages, fields: RunFields) -> None:
+        super().__init__(owner._async, model, messages, fields)
+        self._owner = owner
+
+    def say(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> Message:
+        """The model's answer, after whatever tools it called. Without `content` the model goes on."""
+        return _response_of(self.run(content, **turn))
+
+    def run(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> RunResult:
+        """`messages.run` with this conversation's history."""
+        with Run(self._owner, self._begin(content, turn, streaming=False)) as run:
+            return run.final()
+
+    def stream(self, content: str | Sequence[Block] | None = None, **turn: Unpack[TurnFields]) -> Run:
+        """`messages.run_stream` with this conversation's history."""
+        return Run(self._owner, self._begin(content, turn, streaming=True))
+
+    def fork(self) -> Conversation:
+        """Another conversation that begins where this one is."""
+        other = Conversation(self._owner, self.model, (), self._fields)
+        other._like(self)
+        return other
 
 
 class SyncModels:
@@ -1244,6 +2491,7 @@ class Client:
         aliases: Mapping[str, str] | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
+        engine: Engine | None = None,
     ) -> None:
         self._async = AsyncClient(
             base_url=base_url,
@@ -1253,6 +2501,7 @@ class Client:
             aliases=aliases,
             timeout=timeout,
             max_retries=max_retries,
+            engine=engine,
         )
         self._portal = _Portal()
         self._finalizer = weakref.finalize(self, _forgotten, self._async, self._portal)
@@ -1264,6 +2513,17 @@ class Client:
     @property
     def models(self) -> SyncModels:
         return SyncModels(self)
+
+    def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> Conversation:
+        """A conversation that keeps its history; the fields are those of all its requests."""
+        return Conversation(self, model, messages, fields)
+
+    def load_conversation(self, data: Mapping[str, Any] | str, *, tools: Sequence[ToolLike] = ()) -> Conversation:
+        """The conversation that `dump()` gave, as a dict or as JSON; functions of tools are to be given again."""
+        model, messages, fields, usage = _loaded(data, tools)
+        chat = Conversation(self, model, messages, fields)
+        chat.usage = usage
+        return chat
 
     def __enter__(self) -> Client:
         return self
@@ -1291,24 +2551,138 @@ def _forgotten(client: AsyncClient, portal: _Portal) -> None:
             portal.stop()
 
 
+# == A model for tests =================================================================================================
+
+Answer: TypeAlias = str | Message | Error | Sequence[Block | Error]
+
+
+class FakeModel(Direct):
+    """A model that answers from a script, for the tests of an application: no key, no network.
+
+        model = FakeModel("Hello!", [vai.tool_use("get_weather", city="Oslo")], vai.RateLimitError("busy"))
+        client = vai.Client(engine=model, max_retries=0)
+        …
+        assert model.calls[0]["messages"][-1]["content"] == "Hi"
+
+    An answer is a text, a list of blocks, a `Message`, an `Error` to be raised (in a list: to break off there), or a
+    function of the request's body that returns one. Requests are checked as for the model that they name, the
+    history's tool calls and results included. `calls` holds their bodies.
+    """
+
+    def __init__(self, *answers: Answer | Callable[[JSON], Answer]) -> None:
+        super().__init__(provider_keys=dict.fromkeys(PROVIDERS, "fake"), environ={})
+        self.calls: list[JSON] = []
+        self._answers = answers
+
+    def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
+        model = body.get("model")
+        if isinstance(model, str) and model and "/" not in model:  # an alias of some gateway
+            self.aliases[model] = f"openai/{model}"
+        request = super().parse(body, headers)
+        _check_results(request)
+        adapter = PROVIDERS[request.provider]
+        adapter.encode(request, Credential(Secret("fake")), adapter.base_url, self.max_tokens)
+        return request
+
+    async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
+        events, fault = self._next(request)
+        message = providers.accumulate(events)
+        if fault or message is None:
+            raise fault or StreamTruncated("the script's answer is empty")
+        message._dropped = list(request.dropped)
+        return message
+
+    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+        events, fault = self._next(request)
+        if fault and not events:
+            raise fault
+        frames = [*map(sse_frame, events), *([b"data: %b\n\n" % providers.dumps(fault.to_wire())] if fault else [])]
+        return await EventStream(_Played(frames), GatewayDecoder(), request.dropped).start()
+
+    def _next(self, request: MessageRequest) -> tuple[list[StreamEvent], Error | None]:
+        """The events of the next answer, and the error that it ends in."""
+        self.calls.append(copy.deepcopy(request.body))
+        if len(self.calls) > len(self._answers):
+            raise AssertionError(f"the script has {len(self._answers)} answers; this is request {len(self.calls)}")
+        answer: Any = self._answers[len(self.calls) - 1]
+        if callable(answer):
+            answer = answer(request.body)
+        if isinstance(answer, Error):
+            return [], answer
+        build = providers.EventBuilder(request.provider, request.tool_names)
+        message = answer if isinstance(answer, Message) else None
+        content = message.content if message else [text(answer)] if isinstance(answer, str) else answer
+        prompt = len(providers.dumps(request.body)) // 4
+        events = build.start(message and message.id, request.model_name, providers.make_usage(prompt))
+        for key, block in enumerate(content):
+            if isinstance(block, Error):
+                return events, block
+            events += self._block(build, key, _plain(block))
+        said = sum(len(providers.dumps(event.to_wire())) for event in events) // 40
+        usage = message.usage.to_wire() if message else providers.make_usage(prompt, said)
+        stop = (message and message.stop_reason) or "end_turn"
+        return [*events, *build.finish(stop, usage, stop_sequence=message.stop_sequence if message else None)], None
+
+    @staticmethod
+    def _block(build: EventBuilder, key: int, block: JSON) -> list[StreamEvent]:
+        """A block's events, text in words as models send it."""
+        events: list[StreamEvent] = []
+        match block:
+            case {"type": "text", "text": str(said), **rest}:
+                for word in re.findall(r"\s*\S+\s*$|\s*\S+|\s+", said):
+                    events += build.text(word, key)
+                for citation in rest.get("citations") or ():
+                    events += build.citation(citation, key)
+            case {"type": "thinking", "thinking": str(thoughts), **rest}:
+                events += build.thinking(thoughts or " ", key)
+                events += build.delta(key, SignatureDelta(rest.get("signature") or ""))
+            case {"type": "tool_use", "name": str(name), **rest}:
+                events += build.tool_use(key, rest.get("id"), name, json.dumps(rest.get("input") or {}))
+            case _:
+                return build.whole(block)
+        return events + build.close(key)
+
+
+class _Played(Upstream):
+    """The bytes of a scripted answer, one event a read."""
+
+    def __init__(self, frames: Iterable[bytes]) -> None:
+        self._frames = iter(frames)
+
+    async def chunk(self, patience: float | None = None) -> bytes:
+        return next(self._frames, b"")
+
+    def abort(self) -> None:
+        pass
+
+
+def _check_results(request: MessageRequest) -> None:
+    """Each call has its result in the turn after it, as every provider demands."""
+    turns = request.body["messages"]
+    for i, turn in enumerate(turns):
+        called = {block["id"] for block in _blocks(turn) if block.get("type") == "tool_use"}
+        after = _blocks(turns[i + 1]) if i + 1 < len(turns) else []
+        if missing := called - {block.get("tool_use_id") for block in after}:
+            raise InvalidRequestError(f"the tool_use {min(missing)} has no result after it", param=f"messages[{i}]")
+
+
 # == The command line ==================================================================================================
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`vai "prompt" -m MODEL` · `vai models` · `vai login gemini-oauth`.
+    """`vai "prompt" -m MODEL` · `vai chat` · `vai models` · `vai login gemini-oauth`.
 
     Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"models": _models_command, "login": _login_command}
+    commands = {"chat": _chat_command, "models": _models_command, "login": _login_command}
     try:
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
         else:
             _prompt_command(argv)
     except Error as fault:
-        whose = f"{fault.provider}: " if fault.provider and fault.provider not in fault.message else ""
-        print(f"vai: {whose}{fault}", file=sys.stderr)
+        print(_one_line(fault), file=sys.stderr)
         raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -1316,23 +2690,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _prompt_command(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="vai",
-        description="Ask any model. A prompt on the command line, on standard input, or both.",
-        epilog="other commands: vai models · vai login gemini-oauth",
-    )
-    parser.add_argument("prompt", nargs="?", help="what to ask")
+def _one_line(fault: Error) -> str:
+    whose = f"{fault.provider}: " if fault.provider and fault.provider not in fault.message else ""
+    return " ".join(f"vai: {whose}{fault}".split())
+
+
+def _parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
+    """What asking and chatting have in common."""
+    parser = argparse.ArgumentParser(prog=name, description=description, **options)
     parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
     parser.add_argument("-s", "--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N")
-    parser.add_argument("--json", action="store_true", help="print the whole message as JSON")
-    parser.add_argument("--version", action="version", version=f"vai {__version__}")
-    options = parser.parse_args(argv)
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    prompt = "\n\n".join(part for part in (options.prompt, piped.strip()) if part)
-    if not prompt:
-        parser.error("there is no prompt")
+    return parser
+
+
+def _request_fields(parser: argparse.ArgumentParser, options: argparse.Namespace) -> RequestFields:
     if not options.model:
         parser.error("which model? -m provider/model, or set VAI_MODEL")
     fields: RequestFields = {}
@@ -1340,15 +2712,112 @@ def _prompt_command(argv: Sequence[str]) -> None:
         fields["system"] = options.system
     if options.max_tokens:
         fields["max_tokens"] = options.max_tokens
+    return fields
+
+
+def _prompt_command(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "vai",
+        "Ask any model. A prompt on the command line, on standard input, or both.",
+        epilog="other commands: vai chat · vai models · vai login gemini-oauth",
+    )
+    parser.add_argument("prompt", nargs="?", help="what to ask")
+    parser.add_argument(
+        "-a",
+        "--attach",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image, document, recording … (or its URL)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole message as JSON")
+    parser.add_argument("--version", action="version", version=f"vai {__version__}")
+    options = parser.parse_args(argv)
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    prompt = "\n\n".join(part for part in (options.prompt, piped.strip()) if part)
+    if not prompt:
+        parser.error("there is no prompt")
+    fields = _request_fields(parser, options)
+    try:
+        attached = [attachment(source) for source in options.attach]
+    except (OSError, ValueError) as fault:
+        parser.error(f"cannot attach: {fault}")
+    messages = [{"role": "user", "content": [*attached, text(prompt)] if attached else prompt}]
     with _environment_client() as client:
         if options.json:
-            message = client.messages.create(model=options.model, messages=prompt, **fields)
+            message = client.messages.create(model=options.model, messages=messages, **fields)
             print(json.dumps(message.to_wire(), ensure_ascii=False, indent=2))
             return
-        with client.messages.stream(model=options.model, messages=prompt, **fields) as stream:
-            for piece in stream.text:
-                print(piece, end="", flush=True)
+        with client.messages.stream(model=options.model, messages=messages, **fields) as stream:
+            _print_text(stream.text)
+
+
+def _print_text(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+_CHAT_HELP = "/model NAME changes the model · /save FILE · /exit or Ctrl-D ends · Ctrl-C stops an answer"
+
+
+def _chat_command(argv: Sequence[str]) -> None:
+    parser = _parser("vai chat", "Talk with a model, line by line.", epilog=_CHAT_HELP)
+    parser.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    options = parser.parse_args(argv)
+    with _environment_client() as client:
+        if options.load:
+            try:
+                chat = client.load_conversation(Path(options.load).read_text("utf-8"))
+            except (OSError, ValueError) as fault:
+                parser.error(f"cannot load {options.load}: {fault}")
+            chat.model = options.model or chat.model
+            chat.system = options.system or chat.system
+        else:
+            fields = _request_fields(parser, options)
+            chat = client.conversation(model=options.model, **fields)
+        with contextlib.suppress(ImportError):  # arrow keys and history, where the platform has them
+            importlib.import_module("readline")
+        print(f"{chat.model} · {_CHAT_HELP}", file=sys.stderr)
+        while (line := _typed()) is not None and line != "/exit":
+            if line.startswith("/"):
+                _chat_order(chat, line)
+            elif line:
+                _chat_turn(chat, line)
+
+
+def _typed() -> str | None:
+    """A line of the user's; None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _chat_order(chat: Conversation, line: str) -> None:
+    order, _, rest = line.partition(" ")
+    if order == "/model" and rest:
+        chat.model = rest.strip()
+    elif order == "/save" and rest:
+        try:
+            Path(rest.strip()).write_text(json.dumps(chat.dump(), ensure_ascii=False, indent=1), "utf-8")
+        except OSError as fault:
+            print(f"vai: cannot save: {fault}", file=sys.stderr)
+    else:
+        print(_CHAT_HELP, file=sys.stderr)
+
+
+def _chat_turn(chat: Conversation, line: str) -> None:
+    said: list[str] = []
+    try:
+        with chat.stream(line) as answer:
+            _print_text(said.append(piece) or piece for piece in answer.text)  # type: ignore[func-returns-value]
+    except Error as fault:
+        print(_one_line(fault), file=sys.stderr)
+    except KeyboardInterrupt:  # the answer is stopped; the model will know what it had said
         print()
+        if text := "".join(said).strip():
+            chat.messages.append({"role": "assistant", "content": f"{text} [interrupted]"})
 
 
 def _models_command(argv: Sequence[str]) -> None:
