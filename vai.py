@@ -9,8 +9,8 @@
 Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
-    tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
-    the synchronous client · the command line
+    tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
+    the tool loop · structured answers · conversations · the synchronous client · a model for tests · the command line
 """
 
 from __future__ import annotations
