@@ -9,8 +9,9 @@
 Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
-    tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous client ·
-    the tool loop · structured answers · conversations · the synchronous client · a model for tests · the command line
+    tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous
+    client · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
+    the command line
 """
 
 from __future__ import annotations
@@ -1657,15 +1658,15 @@ class AsyncRun:
                             self._answer = Accumulator()
                             while events := await self._more(stream):
                                 yield events
+                                if isinstance(events[-1], MessageStop):
+                                    break
+                            response = self._whole()
                             await stream.finish()
                         finally:
                             stream.close()
-                        response = self._answer.message
                     else:
                         async with self._within():
                             response = await self._client._create(asked)
-                    if response is None:
-                        raise StreamTruncated("the answer ended before it began")
                     step = self._answered(response)
                     async with self._within():
                         reason = await self._verdict(step)
@@ -1685,6 +1686,8 @@ class AsyncRun:
                         await asyncio.gather(*tasks, return_exceptions=True)
                     self._settle(reason or "max_tool_calls")
                     yield [StepComplete(len(result.steps) - 1, step)]
+                    if self._wanted:
+                        raise _Stopped
                     result.stop_reason = reason
                 except _Stopped:
                     why = self._wanted or "timeout"
@@ -1692,6 +1695,7 @@ class AsyncRun:
                     self._settle(why)
                     if why == "interrupted":
                         yield [self._go_on(kept)]
+                        result.stop_reason = self._limit()
                     else:
                         result.stop_reason = why
         except BaseException as fault:
@@ -1742,6 +1746,13 @@ class AsyncRun:
                 return [*events]
         return []
 
+    def _whole(self) -> Message:
+        """The answer that was handed out, if it is whole."""
+        message = self._answer.message if self._answer else None
+        if message is None or message.stop_reason is None:
+            raise _Stopped if self._wanted else StreamTruncated("the answer ended before it was whole")
+        return message
+
     async def _next_call(self, call: _Call) -> _Call:
         """The request for the next answer. A forced tool is forced once: for ever would be a loop without an end."""
         body = {**call.body, "messages": list(self.result.messages)}
@@ -1775,7 +1786,7 @@ class AsyncRun:
 
     async def _verdict(self, step: Step) -> str | None:
         """Why the run ends with this answer; None if it goes on."""
-        options, result, response = self._options, self.result, step.response
+        options, response = self._options, step.response
         if after_response := options.get("after_response"):
             await self._hook(after_response, response)
         if (stop_when := options.get("stop_when")) and await self._hook(stop_when, response):
@@ -1784,11 +1795,13 @@ class AsyncRun:
         calling = bool(step.tool_calls) and reason in ("tool_use", "end_turn")
         if not calling and reason != "pause_turn":
             return "max_tool_calls" if self._tools_off else "end_turn" if reason == "tool_use" else reason
-        if self._tools_off and calling:
-            return "max_tool_calls"
-        if result.turn_count >= options.get("max_turns", math.inf):
+        return "max_tool_calls" if self._tools_off and calling else self._limit()
+
+    def _limit(self) -> str | None:
+        """Why there may be no further answer."""
+        if self.result.turn_count >= self._options.get("max_turns", math.inf):
             return "max_turns"
-        if result.usage.total_tokens >= options.get("max_total_tokens", math.inf):
+        if self.result.usage.total_tokens >= self._options.get("max_total_tokens", math.inf):
             return "max_total_tokens"
         return None
 
