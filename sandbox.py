@@ -3904,7 +3904,11 @@ async def cartesia_stt(request: web.Request) -> web.StreamResponse:
         if request.content_type != "multipart/form-data":
             raise ValueError
         for name, value in (await request.post()).items():
-            form[name] = value.file.read() if isinstance(value, web.FileField) else value
+            if isinstance(value, web.FileField):
+                with value.file:
+                    form[name] = value.file.read()
+            else:
+                form[name] = value
     except (ValueError, AssertionError):
         form = {}
     with request.app[SANDBOX].entered(request, "cartesia", form):

@@ -613,8 +613,8 @@ _URL_END = re.compile(r"[\s<>\"`|{}\]“”«»「」『』【】\u3000-\u30ff\u
 _URL_TAIL = frozenset(".,;:!?)*_~'’")
 _LINK_TARGET = re.compile(r"\]\((?:[^()\n]|\([^()\n]*\))*\)")
 _TAG = re.compile(
-    r"</?(?P<name>[A-Za-z][\w-]*)(?:\s+[\w:-]+\s*=\s*(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'<>]+))*\s*/?>"
-    r"|<(?:https?://|mailto:)[^\s<>]*>|<[\w.+-]+@[\w.-]+>|<!--[^\n]*?-->"
+    r"</?(?P<name>[A-Za-z][\w-]*)(?:[ \t]+[\w:-]+[ \t]*=[ \t]*(?:\"[^\"<>\n]*\"|'[^'<>\n]*'|[^\s\"'<>]+))*[ \t]*/?>"
+    r"|<(?:https?://|mailto:)[^\s<>]*>|<[\w.+-]+@[\w.-]+>|<!--[^<>\n]*-->"
 )
 _BREAKING_TAGS = _split("br p div li ul ol tr td th table h1 h2 h3 h4 h5 h6 hr")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
@@ -1347,8 +1347,14 @@ class TranscriptBuilder:
 
     def _joined(self, more: str) -> str:
         """Within a turn the service sends the spaces; between turns there is one."""
-        gap = " " if self._turn_over and more and self.final and not self.final[-1].isspace() else ""
-        return self.final + gap + more
+        return self.final + (_gap(self.final, more) if self._turn_over else "") + more
+
+
+def _gap(before: str, after: str) -> str:
+    """The space between two texts that were transcribed apart, in scripts that have one."""
+    if not before or not after or before[-1].isspace() or after[0].isspace():
+        return ""
+    return "" if _UNSPACED.match(before[-1]) or _UNSPACED.match(after[0]) or before[-1] in _WIDE_STOPS[:4] else " "
 
 
 @dataclass(slots=True)
@@ -1623,7 +1629,7 @@ class Cartesia(SpeechAdapter):
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, credential: Credential) -> Error:
         with contextlib.suppress(ValueError):
             fault = _cartesia_fault(providers.loads(body))
-            status, body = fault.pop("status_code", None) or status, providers.dumps(fault)
+            status, body = fault.pop("status_code", status), providers.dumps(fault) if fault["message"] else b""
         return providers.provider_error(self.id, status, headers, body, keys=[credential.key], own_key=credential.own)
 
     # -- over WebSockets --
@@ -1719,7 +1725,7 @@ def _words(value: Any) -> tuple[Word, ...]:
 def _cartesia_fault(message: Any) -> JSON:
     """Cartesia's error object in the names that providers.py reads. Its text is in `message`, `title` or `error`."""
     fault = _dict(message)
-    texts = (fault.get(name) for name in ("message", "title", "error"))
+    texts = (fault.get(name) for name in ("message", "title", "error", "error_code"))
     text = next((text for text in texts if isinstance(text, str) and text.strip()), "")
     kept = {name: fault[name] for name in ("title", "request_id", "doc_url", "status_code") if fault.get(name)}
     code = fault.get("error_code")
@@ -1818,7 +1824,8 @@ class CartesiaTTS(TTS):
 
     def rest(self) -> None:
         """A context expires a second after its last audio was sent."""
-        self._closed = self._closed or (self._sent > self._from and not self.said[self._heard() : self._sent].strip())
+        if self._sent > self._from and not any(map(str.isalnum, self.said[self._heard() : self._sent])):
+            self._closed = True
 
     def say(self, text: str) -> list[str]:
         """A context must not begin with mere punctuation."""
@@ -2079,8 +2086,8 @@ ATTEMPTS = 5  # to connect again, without anything heard in between
 
 
 def pause_before(attempt: int) -> float:
-    """Seconds before the second and later attempts to connect: half a second, doubling to eight, less some chance."""
-    return 0.0 if attempt <= 1 else float(min(8.0, 0.25 * 2**attempt / 2)) * random.uniform(0.75, 1.0)
+    """Seconds before an attempt to connect again: none before the first, then half a second, doubling to eight."""
+    return 0.0 if attempt < 2 else min(8.0, 0.25 * 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2166,6 +2173,7 @@ class SpeechStream:
         self._odd = b""
         self._bytes = 0
         self._ended = False
+        self._fault: Error | None = None
         self._ready: collections.deque[TTSEvent] = collections.deque()
 
     async def __aenter__(self) -> SpeechStream:
@@ -2179,15 +2187,16 @@ class SpeechStream:
 
     async def __anext__(self) -> TTSEvent:
         while not self._ready:
+            if self._fault:
+                raise self._fault
             if self._ended:
                 raise StopAsyncIteration
             try:
                 with self._service._for_caller():
                     await self._read()
-            except BaseException:
-                self._ended = True
+            except Error as fault:  # after what came before it
+                self._fault = fault
                 self.close()
-                raise
         event = self._ready.popleft()
         if isinstance(event, Audio):
             if not self._bytes and self._settings.format == "wav":
@@ -2269,6 +2278,8 @@ class STTSession:
         self._covered = 0  # of them by final transcripts
         self._odd = b""
         self._failures = 0
+        self._last = ""  # final transcript
+        self._before = ""  # the last one of an older connection, until the first one of this
         self._turn: str | None = None  # the transcript of the open turn
         self._eager = False
         self._reopened = False  # the open turn will begin once more
@@ -2369,6 +2380,8 @@ class STTSession:
                 raise
             if self._finishing and self.turns:  # this endpoint just hangs up
                 self._end()
+            elif self._failures >= ATTEMPTS:
+                raise
             else:
                 await self._reconnect()
             return
@@ -2383,11 +2396,13 @@ class STTSession:
                 self._reopened = False
                 return
             self._turn = ""
+        elif isinstance(event, Transcript) and self.turns:
+            self._turn = event.text
         elif isinstance(event, Transcript):
-            if self.turns:
-                self._turn = event.text
-            else:
-                self._covered += 2 * round(event.duration * self._sample_rate)
+            event.text = _gap(self._before, event.text) + event.text
+            self._covered += 2 * round(event.duration * self._sample_rate)
+            if event.is_final:
+                self._before, self._last = "", event.text
         elif isinstance(event, (TurnEagerEnd, TurnResumed)):
             self._eager = isinstance(event, TurnEagerEnd)
         elif isinstance(event, TurnEnded):
@@ -2435,6 +2450,7 @@ class STTSession:
                 except Error as fault:
                     if self._failures >= ATTEMPTS or not fault.retryable:
                         raise
+        self._before = self._last
         if self._turn is not None:
             self._reopened = True
             if self._eager:  # it was nearly over, and now it is not
@@ -2545,7 +2561,10 @@ class TTSSession:
     async def _read(self, context: TTSContext) -> None:
         """Waits for something for this context; whoever reads, reads for all."""
         async with self._reading:
-            if context.ready or context.finished:
+            if context.ready or context.finished or context.fault:
+                return
+            if self._closed:
+                context.finish()
                 return
             if context.socket is None:  # nothing to be spoken was said yet
                 await asyncio.sleep(0)
@@ -2555,7 +2574,11 @@ class TTSSession:
                 if context.failures > ATTEMPTS:
                     raise StreamTruncated(provider=self._service.adapter.id)
                 await asyncio.sleep(pause_before(context.failures))
-                await self._send(context, [])
+                try:
+                    await self._send(context, [])
+                except Error as fault:
+                    if not fault.retryable:
+                        raise
                 return
             socket = context.socket
             try:
@@ -2665,16 +2688,16 @@ class TTSContext:
         if frames:
             await self._send(frames)
         else:
-            self._finish()
+            self.finish()
             self._session._forget(self)
 
     async def cancel(self) -> None:
         """Stop at once: the service is told, and no more events come. Harmless after the end."""
-        if self.finished or self.fault is not None:
+        if self.finished:
             return
         frames, live = self.tts.cancel(), self.socket is not None and self.socket is self._session._socket
         self._session._forget(self)
-        self._finish()
+        self.finish()
         self.ready.clear()
         if live:
             with contextlib.suppress(Error):
@@ -2687,11 +2710,12 @@ class TTSContext:
             events = self.tts.feed(message)
         except Error as fault:
             self.fault = fault
+            self.finish()
             self._session._forget(self)
             return
         for event in events:
             if isinstance(event, Done):
-                self._finish()
+                self.finish()
                 self._session._forget(self)
             else:
                 self.failures, self.deadline = 0, self._owed_by() if self.tts.ended else None
@@ -2699,7 +2723,6 @@ class TTSContext:
                 self._unread += len(event.data) if isinstance(event, Audio) else 0
         if self._unread > self._session.MOST_UNREAD:
             self.fault = ProviderError("nobody reads the speech that was asked for", code="speech_unread")
-            self._session._forget(self)
 
     def _rested(self) -> None:
         if asyncio.get_running_loop().time() - self._moved > self._session.PAUSE_SECONDS:
@@ -2709,7 +2732,8 @@ class TTSContext:
         """Whether there is nobody to speak any more: after the end, or a fault, which iterating tells of."""
         return self.finished or self.tts.ended or self.fault is not None
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Nothing more will come."""
         self.finished, self.deadline = True, None
         self._said.set()
 
