@@ -39,9 +39,10 @@ Without any: tool results are quoted, structured output gets a minimal valid ins
 prompt speaks of (`get_weather`: "weather") is called with one,
 and anything else gets a short friendly answer.
 
-Speech (Cartesia) is a tone a word, by which the sandbox knows the word again when it listens. A text to be spoken may
-hold [error], [error_in_stream], [break_off], [reset], [hang], [slow] and [wait] where that is to happen; so may a
-recording's words.
+Speech (Cartesia) is a tone a word (from the command line: real speech where espeak-ng is installed), by which the
+sandbox knows the word again when it listens. A text to be spoken may hold [error], [error_in_stream], [break_off],
+[reset], [hang], [slow] and [wait] where that is to happen; so may a recording's words hold [error], [hang] and [wait],
+and a stream's [error], [break_off] and [reset].
 
 Code Assist login: `/oauth/authorize` sends the browser back with a code at once, `/oauth/token` checks PKCE and issues
 tokens. An access token that starts with `new` belongs to an account that has to be onboarded first.
@@ -70,9 +71,11 @@ import math
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import tempfile
 import urllib.parse
 import wave
@@ -3348,31 +3351,51 @@ def pause_after(word: str) -> float:
     return 0.2 if re.search(r"[.!?…。！？।]\W*$", word) else 0.12 if re.search(r"[,;:、，]\W*$", word) else 0.06
 
 
+def tone(word: str, rate: int, speed: float) -> list[float]:
+    """A word, -1 to 1: its pitch and its length come from its letters."""
+    count = round(min(0.6, 0.1 + 0.04 * len(word)) / speed * rate)
+    step = 2 * math.pi * (160 + int(digest(word)[:4], 16) % 240) / rate
+    swell = rate // 100
+    return [0.3 * min(1.0, (i + 1) / swell, (count - i) / swell) * math.sin(step * i) for i in range(count)]
+
+
+def espeak(word: str, rate: int, speed: float, language: str) -> list[float]:
+    """A word as espeak-ng says it, without the silence around it."""
+    command = ["espeak-ng", "-v", language, "-s", str(round(170 * speed)), "--stdin", "--stdout"]
+    file = subprocess.run(command, input=word.encode(), capture_output=True, timeout=10, check=True).stdout
+    source = int.from_bytes(file[24:28], "little")
+    pcm = file[file.find(b"data") + 8 :]
+    samples = struct.unpack(f"<{len(pcm) // 2}h", pcm[: len(pcm) & ~1])
+    loud = [i for i, sample in enumerate(samples) if abs(sample) > LOUD // 4] or [0]
+    samples = (*samples[loud[0] : loud[-1] + 1], 0)
+    places = (i * source / rate for i in range(int((len(samples) - 1) * rate / source)))
+    return [(samples[int(at)] * (1 - at % 1) + samples[int(at) + 1] * (at % 1)) / 32768 for at in places]
+
+
 @functools.lru_cache(4096)
-def tone(word: str, rate: int, speed: float, volume: float) -> bytes:
-    """16-bit samples of a word: its pitch and its length come from its letters."""
+def sound(word: str, rate: int, speed: float, volume: float, language: str | None) -> bytes:
+    """A word as 16-bit samples that hold it; spoken by espeak-ng where there is a `language`."""
     hidden = word.encode()[:60].decode("utf-8", "ignore").encode()
-    millis = round(min(0.6, 0.1 + 0.04 * len(word)) / speed * 1000)
-    count, pitch = rate * millis // 1000, 160 + int(digest(word)[:4], 16) % 240
-    swell = min(count // 4, rate // 100)
-    loud = min(0.9, 0.3 * volume) * 32767
-    step = 2 * math.pi * pitch / rate
-    levels = (min(1.0, (i + 1) / swell, (count - i) / swell) for i in range(count))
-    samples = [round(loud * level * math.sin(step * i)) & ~1 for i, level in enumerate(levels)]
+    levels = tone(word, rate, speed) if language is None else espeak(word, rate, speed, language)
+    levels += [0.0] * (rate // 10 - len(levels))
+    millis = len(levels) * 1000 // rate
+    samples = [round(max(-0.99, min(0.99, volume * level)) * 32767) & ~1 for level in levels[: rate * millis // 1000]]
     frame = millis.to_bytes(2, "big") + bytes([len(hidden)]) + hidden
     for i, bit in enumerate(bits(MARK + frame + bytes([zlib.crc32(frame) & 0xFF]))):
         samples[i] |= bit & 1
-    return struct.pack(f"<{count}h", *samples)
+    return struct.pack(f"<{len(samples)}h", *samples)
 
 
-def utter(text: str, rate: int, speed: float = 1.0, volume: float = 1.0, at: float = 0.0) -> tuple[bytes, list[Said]]:
+def utter(
+    text: str, rate: int, speed: float = 1.0, volume: float = 1.0, at: float = 0.0, language: str | None = None
+) -> tuple[bytes, list[Said]]:
     """A text as PCM, and when its words are said; `at` is when it begins."""
     pcm, said = bytearray(), []
     for word in spoken_words(text):
-        sound = tone(word, rate, speed, volume)
+        samples = sound(word, rate, speed, volume, language)
         start = at + len(pcm) / 2 / rate
-        said.append(Said(word, round(start, 4), round(start + len(sound) / 2 / rate, 4)))
-        pcm += sound + bytes(2 * round(rate * pause_after(word) / speed))
+        said.append(Said(word, round(start, 4), round(start + len(samples) / 2 / rate, 4)))
+        pcm += samples + bytes(2 * round(rate * pause_after(word) / speed))
     return bytes(pcm), said
 
 
@@ -3571,11 +3594,11 @@ def cues(text: str) -> Iterator[tuple[str, str]]:
     yield "", text[at:]
 
 
-def voiced(body: Json, text: str, at: float = 0.0) -> tuple[bytes, list[Said]]:
+def voiced(body: Json, text: str, real: bool, at: float = 0.0) -> tuple[bytes, list[Said]]:
     """16-bit PCM for a text, as a request wants it, and when its words are said."""
     config = sub(body, "generation_config")
-    rate = body["output_format"]["sample_rate"]
-    return utter(text, rate, config.get("speed", 1.0), config.get("volume", 1.0), at)
+    rate, language = body["output_format"]["sample_rate"], body.get("language", "en") if real else None
+    return utter(text, rate, config.get("speed", 1.0), config.get("volume", 1.0), at, language)
 
 
 def sound_encoded(pcm: bytes, encoding: str) -> bytes:
@@ -3633,13 +3656,15 @@ def sound_file(body: Json, pcm: bytes) -> tuple[str, bytes]:
 class Performance:
     """The messages for one transcript after another in a context; `at` is the seconds of audio so far."""
 
-    def __init__(self, body: Json, context_id: str | None, timed: bool) -> None:
-        self.body, self.context_id, self.timed = body, context_id, timed
+    def __init__(self, body: Json, real: bool) -> None:
+        self.body, self.real = body, real
+        self.context_id: str | None = body.get("context_id")
+        self.timed = body.get("add_timestamps") is True
         self.at = 0.0
         self.flush_id = 1
 
     def say(self, text: str) -> list[Json]:
-        pcm, said = voiced(self.body, text, self.at)
+        pcm, said = voiced(self.body, text, self.real, self.at)
         form = self.body["output_format"]
         self.at += len(pcm) / 2 / form["sample_rate"]
         data = sound_encoded(pcm, form["encoding"])
@@ -3692,16 +3717,17 @@ async def cartesia_tts(request: web.Request) -> web.StreamResponse:
             refusal = refusal or next(nothing_to_say(body["transcript"]), None)
         if refusal or body is None:
             return cartesia_refuse(request, refusal or Refusal(""))
-        performance = Performance(body, body.get("context_id"), body.get("add_timestamps") is True)
+        performance = Performance(body, sandbox.real_speech)
         orders = list(cues(body["transcript"]))
         refused = ("error",) if sse else ("error", "error_in_stream")
         if ordered_error := next((cartesia_order(argument) for name, argument in orders if name in refused), None):
             return cartesia_refuse(request, ordered_error)
         response = web.StreamResponse()
         response.content_type = "text/event-stream" if sse else "application/octet-stream"
-        pieces, ending, slow = spoken_pieces(performance, orders, sse)
+        pieces, ending, slow = await asyncio.to_thread(spoken_pieces, performance, orders, sse)
         if not sse:
-            pcm = b"".join(voiced(body, text)[0] for name, text in orders if not name)
+            texts = [text for name, text in orders if not name]
+            pcm = b"".join([(await asyncio.to_thread(voiced, body, text, sandbox.real_speech))[0] for text in texts])
             response.content_type, whole = sound_file(body, pcm)
             pieces = [whole[at : at + 4800] for at in range(0, len(whole), 4800)]
             pieces = pieces[: len(pieces) // 2] if ending else pieces
@@ -3744,14 +3770,18 @@ FLUSH, END = object(), object()
 class Context:
     """A context of a socket: what is still to be said, and the task that says it."""
 
-    def __init__(self, body: Json) -> None:
-        self.settings = {key: value for key, value in body.items() if key not in ("transcript", "continue", "flush")}
-        self.performance = Performance(body, body["context_id"], body.get("add_timestamps") is True)
+    def __init__(self, body: Json, real: bool) -> None:
+        self.settings = self.settings_of(body)
+        self.performance = Performance(body, real)
         self.jobs: asyncio.Queue[Any] = asyncio.Queue()
         self.held = ""  # text that waits for more
         self.cancelled = False
         self.closed = False  # takes no more text
         self.task: asyncio.Task[None] | None = None
+
+    @staticmethod
+    def settings_of(body: Json) -> Json:
+        return {key: value for key, value in body.items() if key not in ("transcript", "continue", "flush")}
 
 
 class Voice:
@@ -3794,7 +3824,7 @@ class Voice:
         if refusal := next(self.faults(body, context), None):
             return await self.refuse(refusal, context_id)
         if context is None:
-            context = self.contexts[context_id] = Context(body)
+            context = self.contexts[context_id] = Context(body, self.sandbox.real_speech)
             self.sandbox.speaking += 1
             context.task = asyncio.create_task(self.perform(context))
         self.order(body, context)
@@ -3810,7 +3840,7 @@ class Voice:
             yield from nothing_to_say(body["transcript"])
             if self.sandbox.speaking >= self.sandbox.most_contexts:
                 yield Refusal("You have exceeded your plan's concurrency limit.", status=429)
-        elif context.settings != Context(body).settings:
+        elif context.settings != Context.settings_of(body):
             yield Refusal("All fields but transcript, continue and flush must stay the same within a context.")
 
     def order(self, body: Json, context: Context) -> None:
@@ -3844,7 +3874,7 @@ class Voice:
                         slow = float(argument)
                     elif not await self.act(name, argument, job, context):
                         return
-                    for message in performance.say(argument) if not name else []:
+                    for message in await asyncio.to_thread(performance.say, argument) if not name else []:
                         await asyncio.sleep(slow)
                         await self.send(message)
                         if context.cancelled:  # this one was on its way
@@ -4573,6 +4603,7 @@ class Sandbox:
     open       requests in progress
 
     transcripts     what recordings say in which the sandbox finds no words of its own (`speech` makes some with)
+    real_speech     words are spoken by espeak-ng, which must be installed, and are no tones
     pace            seconds that speech over WebSockets takes for each 0.1 seconds of audio
     most_contexts   of speech at a time, then a 429
     context_expires seconds after the last audio of a context until it takes no more text
@@ -4585,6 +4616,7 @@ class Sandbox:
         self.cache: Cache = Cache()
         self.grants: dict[str, Grant] = {}
         self.transcripts: collections.deque[str] = collections.deque()
+        self.real_speech = False
         self.pace = 0.0
         self.most_contexts = 15
         self.context_expires = 1.0
@@ -4706,6 +4738,7 @@ SANDBOX = web.AppKey("sandbox", Sandbox)
 
 async def run(host: str, port: int) -> None:
     sandbox = Sandbox()
+    sandbox.real_speech = shutil.which("espeak-ng") is not None
     await sandbox.start(host, port)
     lines = [f"export {name}={value}" for name, value in sandbox.environ.items()]
     print("\n".join(lines), f"# listening on {sandbox.url}, Ctrl-C ends it", sep="\n", flush=True)

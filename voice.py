@@ -508,11 +508,13 @@ class _Soxr:
         import soxr
 
         self._numpy = numpy
-        self._stream = soxr.ResampleStream(source, target, 1, dtype="int16", quality="HQ")
+        self._stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality="HQ")
 
     def feed(self, pcm: bytes, last: bool) -> bytes:
-        out = self._stream.resample_chunk(self._numpy.frombuffer(pcm, "<i2"), last=last)
-        return bytes(out.astype("<i2").tobytes())
+        """In floats: to whole numbers soxr would add noise, never the same twice."""
+        numpy = self._numpy
+        out = self._stream.resample_chunk(numpy.frombuffer(pcm, "<i2").astype("float32"), last=last)
+        return bytes(numpy.clip(numpy.rint(out), -32768, 32767).astype("<i2").tobytes())
 
 
 def _soxr_filter(source: int, target: int) -> _Soxr | None:

@@ -203,7 +203,7 @@ def cut(text: str, sizes: list[int]) -> list[str]:
 
 
 @given(TEXT, CUTS, st.sampled_from([(24, 90, 300), (5, 20, 30), (1, 2, 3)]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_sentences_lose_nothing(text: str, sizes: list[int], limits: tuple[int, int, int]) -> None:
     """The parts joined are the text, within the limits, and the same however the text is cut."""
     clause, first, longest = limits
@@ -371,7 +371,7 @@ SNIPPETS = st.lists(st.sampled_from([*MARKS.split(" "), " ", "  "]) | st.text(ma
 
 
 @given(SNIPPETS, CUTS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_speakable_does_not_depend_on_cuts(text: str, sizes: list[int]) -> None:
     """However the text is cut, the same is read aloud; no emoji, no fence and no white space too many."""
     whole = speakable(text)
@@ -389,7 +389,7 @@ def test_plain_text_is_read_as_it_is(text: str) -> None:
 
 
 @given(SNIPPETS, CUTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_parts_are_the_speakable_text(text: str, sizes: list[int]) -> None:
     """The parts to speak, joined, are what `speakable` leaves, but for punctuation alone at the end."""
     parts = fed(SpokenParts(), cut(text, sizes))
@@ -411,14 +411,14 @@ def test_text_is_not_held_back() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "*" * 100_000,
-        "[" * 100_000,
-        "](" * 50_000,
-        "a" * 100_000,
-        "<a " * 30_000,
-        "- " * 50_000,
-        "```\n" * 25_000,
-        "| \n" * 30_000,
+        "*" * 40_000,
+        "[" * 40_000,
+        "](" * 20_000,
+        "a" * 40_000,
+        "<a " * 12_000,
+        "- " * 20_000,
+        "```\n" * 10_000,
+        "| \n" * 12_000,
     ],
     ids=lambda text: text[:4].strip(),
 )
