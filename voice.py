@@ -1402,6 +1402,7 @@ class Speech:
 
 # == Adapters ==========================================================================================================
 
+MP3_BIT_RATE = 128_000  # what mp3 is asked for in
 MAX_TEXT = 20_000  # characters in one synthesis: over twenty minutes of speech
 
 
@@ -1483,7 +1484,7 @@ class SpeechAdapter:
     ) -> HTTPRequest:
         raise NotImplementedError
 
-    def decode_transcription(self, body: Any) -> Transcription:
+    def decode_transcription(self, body: bytes) -> Transcription:
         raise NotImplementedError
 
     def encode_synthesis(self, text: str, settings: VoiceOutput, credential: Credential, base_url: str) -> HTTPRequest:
@@ -1553,7 +1554,6 @@ CARTESIA_LANGUAGES = _split(
     "en fr de es pt zh ja hi it ko nl pl ru sv tr tl bg ro ar cs el fi hr ms sk da ta uk hu no vi bn th he ka id te gu "
     "kn ml mr pa or ur"
 )
-CARTESIA_BIT_RATE = 128_000
 CARTESIA_FRAME_SECONDS = 0.1  # of audio that is streamed in
 STREAM_MODELS = "ink-2"  # take no files
 
@@ -1607,20 +1607,21 @@ class Cartesia(SpeechAdapter):
         content_type, body = _multipart(fields, f"audio.{recording.format}", kind, data)
         return HTTPRequest(f"{base_url}/stt{query}", {**self._headers(credential), "Content-Type": content_type}, body)
 
-    def decode_transcription(self, body: Any) -> Transcription:
+    def decode_transcription(self, body: bytes) -> Transcription:
         with providers._readable(self.id):
-            language = body.get("language")
+            answer = providers.loads(body)
+            language = answer.get("language")
             return Transcription(
-                body["text"] + "",
+                answer["text"] + "",
                 language if isinstance(language, str) else None,
-                _number(body.get("duration")),
-                list(_words(body.get("words"))),
+                _number(answer.get("duration")),
+                list(_words(answer.get("words"))),
             )
 
     def encode_synthesis(self, text: str, settings: VoiceOutput, credential: Credential, base_url: str) -> HTTPRequest:
         body = {**self.generation(settings), "transcript": text}
         if settings.format == "mp3":
-            rate = CARTESIA_BIT_RATE
+            rate = MP3_BIT_RATE
             body["output_format"] = {"container": "mp3", "sample_rate": settings.sample_rate, "bit_rate": rate}
         return self._posted("/tts/bytes", body, credential, base_url)
 
@@ -2106,13 +2107,13 @@ class Service:
         """What a recording says. Raises an `Error`."""
         request = self.adapter.encode_transcription(recording, settings, self.credential, self.base_url, words=words)
         with self._for_caller():
-            async with await self._sent(request) as upstream:
-                raw = await upstream.read()
+            upstream = await self._sent(request)
             try:
-                body = providers.loads(raw)
-            except ValueError:
-                raise providers.unreadable(self.adapter.id) from None
-            return self.adapter.decode_transcription(body)
+                async with upstream:
+                    return self.adapter.decode_transcription(await upstream.read())
+            except Error as fault:
+                fault.begun = True
+                raise
 
     async def synthesize(self, text: str, settings: VoiceOutput) -> Speech:
         """Text as speech, all of it. Raises an `Error`."""
@@ -2197,6 +2198,7 @@ class SpeechStream:
                 with self._service._for_caller():
                     await self._read()
             except Error as fault:  # after what came before it
+                fault.begun = True
                 self._fault = fault
                 self.close()
         event = self._ready.popleft()
@@ -2210,7 +2212,7 @@ class SpeechStream:
     @property
     def duration(self) -> float:
         if self._settings.format == "mp3":
-            return self._bytes * 8 / CARTESIA_BIT_RATE
+            return self._bytes * 8 / MP3_BIT_RATE
         return duration(self._bytes, self._settings.sample_rate)
 
     def close(self) -> None:
@@ -2264,6 +2266,7 @@ class STTSession:
 
     KEPT_SECONDS = 120.0
     ONSET_SECONDS = 3.0  # kept where no turn is open
+    PIPELINE_SECONDS = 0.5  # kept when a turn ends: the next may have begun, and the end came after as much silence
 
     def __init__(self, service: Service, settings: VoiceInput, sample_rate: int, turns: bool | None) -> None:
         adapter = service.adapter
@@ -2357,11 +2360,7 @@ class STTSession:
         self._frames.append(frame)
         if isinstance(frame, bytes):
             self._kept += len(frame)
-        idle = self.turns and self._turn is None
-        most = 2 * self._sample_rate * (self.ONSET_SECONDS if idle else self.KEPT_SECONDS)
-        while self._kept > most and isinstance(self._frames[0], bytes):
-            old = len(self._frames.popleft())
-            self._kept, self._covered = self._kept - old, max(0, self._covered - old)
+        self._shrink(self.ONSET_SECONDS if self.turns and self._turn is None else self.KEPT_SECONDS)
 
     async def _read(self) -> None:
         """The next frame's events, over a new socket if need be."""
@@ -2409,27 +2408,29 @@ class STTSession:
             self._eager = isinstance(event, TurnEagerEnd)
         elif isinstance(event, TurnEnded):
             self._turn, self._eager, self._reopened = None, False, False
-            self._forget(markers=0)
+            self._shrink(self.PIPELINE_SECONDS)
         elif isinstance(event, Flushed):
-            self._forget(markers=1)
+            self._forget_flushed()
         elif isinstance(event, Done):
             self._end()
             return
         self._events.append(event)
 
-    def _forget(self, markers: int) -> None:
-        """Drops the audio that final transcripts cover: up to the last `finalize` that was answered, or all."""
+    def _shrink(self, seconds: float) -> None:
+        """Forgets old audio until so much is left."""
+        most = 2 * self._sample_rate * seconds
+        while self._kept > most and isinstance(self._frames[0], bytes):
+            old = len(self._frames.popleft())
+            self._kept, self._covered = self._kept - old, max(0, self._covered - old)
+
+    def _forget_flushed(self) -> None:
+        """Forgets the audio before the first `finalize`, and that."""
         self._covered = 0
         while self._frames:
-            if isinstance(frame := self._frames[0], str):
-                markers -= 1
-                if markers < 0:
-                    return
-            else:
-                self._kept -= len(frame)
-            self._frames.popleft()
-            if isinstance(frame, str) and not markers:
+            frame = self._frames.popleft()
+            if isinstance(frame, str):
                 return
+            self._kept -= len(frame)
 
     def _end(self) -> None:
         self._ended = True
@@ -2445,9 +2446,7 @@ class STTSession:
                 self._failures += 1
                 await asyncio.sleep(pause_before(self._failures))
                 try:
-                    self._socket = await self._connected()
-                    for frame in self._uncovered():
-                        await self._socket.send(frame)
+                    self._socket = await self._caught_up()
                     break
                 except Error as fault:
                     if self._failures >= ATTEMPTS or not fault.retryable:
@@ -2458,6 +2457,17 @@ class STTSession:
             if self._eager:  # it was nearly over, and now it is not
                 self._eager = False
                 self._events.append(TurnResumed())
+
+    async def _caught_up(self) -> Socket:
+        """A new socket that has heard what the old one did, all of it."""
+        socket = await self._connected()
+        try:
+            for frame in self._uncovered():
+                await socket.send(frame)
+        except BaseException:
+            await socket.close()
+            raise
+        return socket
 
     def _uncovered(self) -> list[str | bytes]:
         frames = list(self._frames)
@@ -2532,26 +2542,24 @@ class TTSSession:
         await socket.close()
 
     async def _send(self, context: TTSContext, frames: list[str]) -> None:
-        """Sends; a context that was begun on a socket now gone goes on from where it was, these frames included."""
-        async with self._writing:
-            if context.socket is not None and context.socket is self._socket:
-                socket = self._socket
-            elif not frames and context.socket is None:
-                return
-            else:
-                socket = await self._open()
-                if context.socket is not None:
-                    frames = self._resumed(context)
-                context.socket = socket
-            if not context.finished:
-                self._forget(context)
-                self._contexts[context.tts.context_id] = context
-            try:
+        """Sends; a context whose socket is gone goes on from where it was on another, these frames included."""
+        try:
+            async with self._writing:
+                if context.socket is None or context.socket is not self._socket:
+                    context.socket = await self._open()
+                    if context.begun:
+                        frames = self._resumed(context)
+                context.begun = True
+                if not context.finished:
+                    self._forget(context)
+                    self._contexts[context.tts.context_id] = context
                 for frame in frames:
-                    await socket.send(frame)
-            except Error as fault:
-                if fault.code != "connection_broken":
-                    raise
+                    await context.socket.send(frame)
+        except BaseException as fault:  # a cancel as well: not all of it was sent
+            socket, context.socket, context.begun = context.socket, None, True
+            if not isinstance(fault, Error) or fault.code != "connection_broken":
+                raise
+            if socket is not None:
                 await self._lose(socket)  # whoever reads goes on with a new one
 
     def _resumed(self, context: TTSContext) -> list[str]:
@@ -2568,10 +2576,7 @@ class TTSSession:
             if self._closed:
                 context.finish()
                 return
-            if context.socket is None:  # nothing to be spoken was said yet
-                await asyncio.sleep(0)
-                return
-            if context.socket is not self._socket:
+            if context.socket is None or context.socket is not self._socket:
                 context.failures += 1
                 if context.failures > ATTEMPTS:
                     raise StreamTruncated(provider=self._service.adapter.id)
@@ -2631,6 +2636,7 @@ class TTSContext:
     def __init__(self, session: TTSSession, tts: TTS) -> None:
         self.tts = tts
         self.socket: Socket | None = None  # where it lives
+        self.begun = False  # something was said
         self.ready: collections.deque[TTSEvent] = collections.deque()
         self.finished = False
         self.fault: Error | None = None
@@ -2657,8 +2663,9 @@ class TTSContext:
                 raise self.fault
             if self.finished:
                 raise StopAsyncIteration
-            if self.socket is None:
+            if not self.begun:
                 await self._said.wait()
+                continue
             try:
                 with session._service._for_caller():
                     await session._read(self)
@@ -2711,7 +2718,7 @@ class TTSContext:
         try:
             events = self.tts.feed(message)
         except Error as fault:
-            self.fault = fault
+            self.fault = providers.for_caller(fault, self._session._service.credential)
             self.finish()
             self._session._forget(self)
             return
