@@ -96,10 +96,13 @@ if getattr(providers, "__version__", None) != __version__:
 
 __all__ = [
     "SPEECH",
+    "STT",
+    "TTS",
     "Audio",
     "Cartesia",
     "CartesiaSTT",
     "CartesiaTTS",
+    "Done",
     "Flushed",
     "Recording",
     "Resampler",
@@ -129,6 +132,7 @@ __all__ = [
     "VoiceOutput",
     "Word",
     "WordTimes",
+    "check_text",
     "dbfs",
     "decode_pcm",
     "duration",
@@ -1532,10 +1536,6 @@ def check_text(text: str, place: str = "text") -> None:
         raise InvalidRequestError(message, param=place, code="text_too_long")
 
 
-def _dict(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
-
-
 def _number(value: Any) -> float:
     """A finite number that is not negative; 0 for anything else."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
@@ -1663,7 +1663,7 @@ class Cartesia(SpeechAdapter):
 
     def read_tts(self, frame: str) -> tuple[str | None, JSON]:
         try:
-            message = _dict(providers.loads(frame))
+            message = providers._as_dict(providers.loads(frame))
         except ValueError:
             raise providers.unreadable(self.id) from None
         context_id = message.get("context_id")
@@ -1717,7 +1717,7 @@ def _multipart(fields: Sequence[tuple[str, str]], filename: str, kind: str, data
 
 
 def _words(value: Any) -> tuple[Word, ...]:
-    given = (_dict(item) for item in value) if isinstance(value, list) else ()
+    given = (providers._as_dict(item) for item in value) if isinstance(value, list) else ()
     return tuple(
         Word(item["word"], _number(item.get("start")), _number(item.get("end")))
         for item in given
@@ -1727,7 +1727,7 @@ def _words(value: Any) -> tuple[Word, ...]:
 
 def _cartesia_fault(message: Any) -> JSON:
     """Cartesia's error object in the names that providers.py reads. Its text is in `message`, `title` or `error`."""
-    fault = _dict(message)
+    fault = providers._as_dict(message)
     texts = (fault.get(name) for name in ("message", "title", "error", "error_code"))
     text = next((text for text in texts if isinstance(text, str) and text.strip()), "")
     kept = {name: fault[name] for name in ("title", "request_id", "doc_url", "status_code") if fault.get(name)}
