@@ -1,4 +1,4 @@
-"""A local upstream that plays every model provider over HTTP, for first steps without keys and for the tests.
+"""A local upstream that plays every model provider and the speech service, for first steps without keys and for tests.
 
     python sandbox.py --port 8099               # prints the environment lines to export
 
@@ -39,11 +39,17 @@ Without any: tool results are quoted, structured output gets a minimal valid ins
 prompt speaks of (`get_weather`: "weather") is called with one,
 and anything else gets a short friendly answer.
 
+Speech (Cartesia) is a tone a word (from the command line: real speech where espeak-ng is installed), by which the
+sandbox knows the word again when it listens. A text to be spoken may hold [error], [error_in_stream], [break_off],
+[reset], [hang], [slow] and [wait] where that is to happen; so may a recording's words hold [error], [hang] and [wait],
+and a stream's [error], [break_off] and [reset].
+
 Code Assist login: `/oauth/authorize` sends the browser back with a code at once, `/oauth/token` checks PKCE and issues
 tokens. An access token that starts with `new` belongs to an account that has to be onboarded first.
 
 Contents: Requests and refusals · Shapes · Directives · Schema instances · Signatures · Usage · Anthropic ·
-Chat Completions (OpenAI, Groq, Cerebras) · Responses · Gemini and Code Assist · OAuth · HTTP · Sandbox · Command line
+Chat Completions (OpenAI, Groq, Cerebras) · Responses · Gemini and Code Assist · OAuth · Cartesia · HTTP · Sandbox ·
+Command line
 """
 
 from __future__ import annotations
@@ -53,19 +59,26 @@ import asyncio
 import base64
 import binascii
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import hmac
+import io
+import itertools
 import json
+import math
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import tempfile
 import urllib.parse
+import wave
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -74,7 +87,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-__all__ = ["Request", "Sandbox", "make_app"]
+__all__ = ["Request", "Sandbox", "make_app", "speech"]
 
 Json = dict[str, Any]
 
@@ -3276,6 +3289,884 @@ def token(form: Mapping[str, str], grants: dict[str, Grant]) -> tuple[int, Json]
     return 200, {"access_token": access, "refresh_token": f"1//{secrets.token_urlsafe(24)}", **issued}
 
 
+# == Cartesia ========================================================================================================
+
+CARTESIA_VERSIONS = ("2024-06-10", "2024-11-13", "2025-04-16", "2026-03-01", "2026-08-14")
+CARTESIA_JSON = "2026-03-01"  # the first version whose errors are JSON
+CARTESIA_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
+CARTESIA_BIT_RATES = (32000, 64000, 96000, 128000, 192000)
+CARTESIA_SPOKEN = words(
+    "en fr de es pt zh ja hi it ko nl pl ru sv tr tl bg ro ar cs el fi hr ms sk da ta uk hu no vi bn th he ka id te gu "
+    "kn ml mr pa or ur"
+)
+CARTESIA_TITLES = {400: "Bad request", 401: "Authentication failed", 404: "Not found", 422: "Unprocessable entity"} | {
+    429: "Too many concurrent requests",
+    500: "Internal server error",
+    503: "Service unavailable",
+}
+CARTESIA_CODES = {401: "authentication_failed", 429: "concurrency_limited"}
+WHISPERS = ("ink-whisper", "ink-whisper-2025-06-04")
+DEAD_VOICES = ("sonic", "sonic-english", "sonic-multilingual")
+SPEECH_BODY = (
+    "model_id:str! transcript:str! voice:dict! output_format:dict! language:str locale:str generation_config:dict "
+    "normalization:str pronunciation_dict_id:str save:bool speed:str"
+)
+SPEECH_STREAM = " context_id:str add_timestamps:bool add_phoneme_timestamps:bool use_normalized_timestamps:bool"
+SPEECH_CONTEXT = SPEECH_STREAM + " continue:bool flush:bool max_buffer_delay_ms:int"
+SPEECH_FORMATS = {
+    "raw": "container:str! encoding:str! sample_rate:int!",
+    "wav": "container:str! encoding:str! sample_rate:int!",
+    "mp3": "container:str! sample_rate:int! bit_rate:int!",
+}
+
+# -- Audio that carries its words ------------------------------------------------------------------------------------
+#
+# Each word is a tone of its own. The lowest bits of its samples spell the word and its length, so that speech of the
+# sandbox, as long as it stays 16-bit at its rate, is understood by the sandbox, with the true times of its words.
+
+MARK = b"\xa7\x5c\x3b"
+BITS = {byte: bytes(48 + (byte >> i & 1) for i in range(7, -1, -1)) for byte in range(256)}
+LOWEST = bytes(48 + (value & 1) for value in range(256))
+LOUD = 600  # of 32767: what counts as sound where no words are hidden
+
+
+class Said(NamedTuple):
+    """A word in a recording; times in seconds from its beginning."""
+
+    word: str
+    start: float
+    end: float
+
+
+def bits(data: bytes) -> bytes:
+    return b"".join(BITS[byte] for byte in data)
+
+
+def unbits(data: bytes) -> bytes:
+    return bytes(int(data[at : at + 8], 2) for at in range(0, len(data) - 7, 8))
+
+
+def pause_after(word: str) -> float:
+    """Seconds of silence behind a word."""
+    return 0.2 if re.search(r"[.!?…。！？।]\W*$", word) else 0.12 if re.search(r"[,;:、，]\W*$", word) else 0.06
+
+
+def tone(word: str, rate: int, speed: float) -> list[float]:
+    """A word, -1 to 1: its pitch and its length come from its letters."""
+    count = round(min(0.6, 0.1 + 0.04 * len(word)) / speed * rate)
+    step = 2 * math.pi * (160 + int(digest(word)[:4], 16) % 240) / rate
+    swell = rate // 100
+    return [0.3 * min(1.0, (i + 1) / swell, (count - i) / swell) * math.sin(step * i) for i in range(count)]
+
+
+def espeak(word: str, rate: int, speed: float, language: str) -> list[float]:
+    """A word as espeak-ng says it, without the silence around it."""
+    command = ["espeak-ng", "-v", language, "-s", str(round(170 * speed)), "--stdin", "--stdout"]
+    file = subprocess.run(command, input=word.encode(), capture_output=True, timeout=10, check=True).stdout
+    source = int.from_bytes(file[24:28], "little")
+    pcm = file[file.find(b"data") + 8 :]
+    samples = struct.unpack(f"<{len(pcm) // 2}h", pcm[: len(pcm) & ~1])
+    loud = [i for i, sample in enumerate(samples) if abs(sample) > LOUD // 4] or [0]
+    samples = (*samples[loud[0] : loud[-1] + 1], 0)
+    places = (i * source / rate for i in range(int((len(samples) - 1) * rate / source)))
+    return [(samples[int(at)] * (1 - at % 1) + samples[int(at) + 1] * (at % 1)) / 32768 for at in places]
+
+
+@functools.lru_cache(4096)
+def sound(word: str, rate: int, speed: float, volume: float, language: str | None) -> bytes:
+    """A word as 16-bit samples that hold it; spoken by espeak-ng where there is a `language`."""
+    hidden = word.encode()[:60].decode("utf-8", "ignore").encode()
+    levels = tone(word, rate, speed) if language is None else espeak(word, rate, speed, language)
+    levels += [0.0] * (rate // 10 - len(levels))
+    millis = len(levels) * 1000 // rate
+    samples = [round(max(-0.99, min(0.99, volume * level)) * 32767) & ~1 for level in levels[: rate * millis // 1000]]
+    frame = millis.to_bytes(2, "big") + bytes([len(hidden)]) + hidden
+    for i, bit in enumerate(bits(MARK + frame + bytes([zlib.crc32(frame) & 0xFF]))):
+        samples[i] |= bit & 1
+    return struct.pack(f"<{len(samples)}h", *samples)
+
+
+def utter(
+    text: str, rate: int, speed: float = 1.0, volume: float = 1.0, at: float = 0.0, language: str | None = None
+) -> tuple[bytes, list[Said]]:
+    """A text as PCM, and when its words are said; `at` is when it begins."""
+    pcm, said = bytearray(), []
+    for word in spoken_words(text):
+        samples = sound(word, rate, speed, volume, language)
+        start = at + len(pcm) / 2 / rate
+        said.append(Said(word, round(start, 4), round(start + len(samples) / 2 / rate, 4)))
+        pcm += samples + bytes(2 * round(rate * pause_after(word) / speed))
+    return bytes(pcm), said
+
+
+def spoken_words(text: str) -> list[str]:
+    """Words as Cartesia times them: Chinese and Japanese by the character."""
+    pieces = re.findall(r"[\u3040-\u30ff\u3400-\u9fff][^\w\s]*|[^\s\u3040-\u30ff\u3400-\u9fff]+", text)
+    return [piece for piece in pieces if any(map(str.isalnum, piece))]
+
+
+def speech(text: str, sample_rate: int = 24000) -> bytes:
+    """What the sandbox says for a text: 16-bit mono PCM, a tone a word, that the sandbox also understands."""
+    return utter(text, sample_rate)[0]
+
+
+class Ear:
+    """16-bit audio in, words out, as soon as each has been said.
+
+    Where none are hidden in it, sound is taken for the words of `script`, one for every 0.3 seconds of it.
+    """
+
+    def __init__(self, rate: int, script: Iterator[str]) -> None:
+        self.rate = rate
+        self.script = script
+        self.seconds = 0.0
+        self._samples = 0
+        self._understands = False
+        self._bits = b""  # the lowest of each sample, where a word may still begin
+        self._window = b""  # 0.1 seconds that are not whole yet
+        self._windows = 0
+        self._loud = 0  # windows with sound since the last word of the script
+
+    def feed(self, pcm: bytes) -> list[Said]:
+        self._samples += len(pcm) // 2
+        self.seconds = self._samples / self.rate
+        self._bits += pcm[::2].translate(LOWEST)
+        hidden, sounds = list(self._hidden()), list(self._sounds(pcm))
+        return hidden if self._understands else sounds
+
+    def _hidden(self) -> Iterator[Said]:
+        mark = bits(MARK)
+        while (at := self._bits.find(mark)) >= 0:
+            self._bits = self._bits[at:]
+            head = unbits(self._bits[len(mark) : len(mark) + 24])
+            end = len(mark) + 24 + 8 * (head[2] if len(head) == 3 else 0)
+            if len(head) < 3 or len(self._bits) < end + 8:
+                return
+            frame, check = unbits(self._bits[len(mark) : end]), unbits(self._bits[end : end + 8])
+            if check != bytes([zlib.crc32(frame) & 0xFF]):
+                self._bits = self._bits[1:]
+                continue
+            self._understands = True
+            length = self.rate * int.from_bytes(frame[:2], "big") // 1000
+            if len(self._bits) < length:
+                return
+            start = self._samples - len(self._bits)
+            yield Said(frame[3:].decode(), round(start / self.rate, 4), round((start + length) / self.rate, 4))
+            self._bits = self._bits[length:]
+        self._bits = self._bits[-len(mark) :]
+
+    def _sounds(self, pcm: bytes) -> Iterator[Said]:
+        self._window += pcm
+        size = 2 * (self.rate // 10)
+        while len(self._window) >= size:
+            samples = struct.unpack(f"<{size // 2}h", self._window[:size])
+            self._window = self._window[size:]
+            self._windows += 1
+            self._loud += max(map(abs, samples)) > LOUD
+            if self._loud == 3:
+                self._loud = 0
+                if word := next(self.script, None):
+                    yield Said(word, round(self._windows / 10 - 0.3, 4), self._windows / 10)
+
+
+def script_of(sandbox: Sandbox) -> Iterator[str]:
+    """The words for sound that holds none: the next of `sandbox.transcripts`, else a pangram over and over."""
+    if sandbox.transcripts:
+        return iter(sandbox.transcripts.popleft().split())
+    return itertools.cycle(PANGRAM)
+
+
+# -- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def cartesia_key(headers: Mapping[str, str], query: Mapping[str, str]) -> str:
+    return str(bearer(headers) or headers.get("X-API-Key", ""))
+
+
+def cartesia_version(request: web.Request) -> str:
+    return str(request.query.get("cartesia_version") or request.headers.get("Cartesia-Version", ""))
+
+
+def cartesia_access(request: web.Request) -> Iterator[Refusal]:
+    key = cartesia_key(request.headers, request.query)
+    if {"api_key", "key"} & set(request.query):
+        yield Refusal("API keys do not belong into URLs.", status=400)
+    if not key or key.startswith("bad"):
+        yield Refusal("Invalid API key.", status=401)
+    version = cartesia_version(request)
+    if version not in CARTESIA_VERSIONS:
+        yield Refusal(f"Unknown or missing Cartesia-Version: {version!r}.")
+
+
+def cartesia_error(refusal: Refusal, **more: Any) -> Json:
+    code = refusal.code or CARTESIA_CODES.get(refusal.status)
+    title = CARTESIA_TITLES.get(refusal.status) or failure(refusal.status).message
+    id = digest(refusal.message)
+    request_id = f"{id[:8]}-{id[8:12]}-4{id[13:16]}-8{id[17:20]}-{id[20:32]}"
+    return {"error_code": code, "title": title, "message": refusal.message, "request_id": request_id, **more}
+
+
+def cartesia_refuse(request: web.Request, refusal: Refusal) -> web.Response:
+    """An error over HTTP, as the version that was asked for has it."""
+    headers = {} if refusal.retry_after is None else {"retry-after": f"{refusal.retry_after:g}"}
+    body = cartesia_error(refusal)
+    headers["X-Request-ID"] = body["request_id"]
+    if cartesia_version(request) and cartesia_version(request) < CARTESIA_JSON:
+        return web.Response(text=f"{body['title']}: {body['message']}", status=refusal.status, headers=headers)
+    return web.json_response(body, status=refusal.status, headers=headers)
+
+
+def cartesia_order(argument: str) -> Refusal:
+    """What `[error 429 retry_after=7]` orders, without the words of other providers."""
+    ordinary = ordered(argument, 500)
+    given = "code=" in argument
+    return dataclasses.replace(ordinary, code=ordinary.code if given else None)
+
+
+def language_faults(language: Any, known: tuple[str, ...] = ()) -> Iterator[Refusal]:
+    if language is not None and (not re.fullmatch("[a-z]{2,3}", str(language)) or (known and language not in known)):
+        yield Refusal(f"Unsupported language: {language}.")
+
+
+def no_model(what: str = "model") -> Refusal:
+    return Refusal(f"The {what} is not valid, make sure it is a valid model ID.", code="model_not_found")
+
+
+def speech_check(body: Json, spec: str, *, raw_only: bool) -> Iterator[Refusal]:
+    """What Cartesia would refuse in a request for speech."""
+    for fault in faults(body, spec):
+        yield Refusal(told(fault), status=422)
+    model, voice, form = str(body["model_id"]), body["voice"], body["output_format"]
+    if model in DEAD_VOICES:
+        yield Refusal("This model has been sunset.", code="model_sunsetted")
+    if not re.fullmatch(r"sonic-[\w.-]+", model) or "not-exist" in model:
+        yield no_model()
+    if voice.keys() != {"mode", "id"} or voice["mode"] != "id" or not isinstance(voice["id"], str):
+        yield Refusal('voice: must be {"mode":"id","id":…}', status=422)
+    if not voice["id"] or "not-exist" in voice["id"]:
+        yield Refusal("Voice not found.", status=404)
+    yield from language_faults(body.get("language"), CARTESIA_SPOKEN)
+    if "locale" in body and "language" in body:
+        yield Refusal("locale and language exclude each other.")
+    spec = SPEECH_FORMATS.get(str(form.get("container")), "")
+    if not spec or (raw_only and form["container"] != "raw"):
+        yield Refusal("output_format.container: not supported here")
+    for fault in faults(form, spec):
+        yield Refusal(f"output_format.{told(fault)}", status=422)
+    if form["sample_rate"] not in CARTESIA_RATES:
+        yield Refusal("output_format.sample_rate: not supported")
+    if form.get("encoding", "pcm_s16le") not in ("pcm_s16le", "pcm_f32le", "pcm_mulaw", "pcm_alaw"):
+        yield Refusal("output_format.encoding: not supported")
+    if form.get("bit_rate", 128000) not in CARTESIA_BIT_RATES:
+        yield Refusal("output_format.bit_rate: not supported")
+    config = sub(body, "generation_config")
+    for fault in faults(config, "speed:num volume:num emotion:str"):
+        yield Refusal(f"generation_config.{told(fault)}", status=422)
+    if not 0.6 <= config.get("speed", 1) <= 1.5 or not 0.5 <= config.get("volume", 1) <= 2:
+        yield Refusal("generation_config: speed is 0.6 to 1.5, volume 0.5 to 2.0")
+    if config and re.match(r"sonic-(2|turbo)\b", model):
+        yield Refusal("generation_config needs sonic-3 or newer.")
+
+
+def told(fault: Fault) -> str:
+    what = {"unknown": "unknown field", "missing": "is required"}.get(fault.what, f"must be {fault.expected}")
+    return f"{fault.key}: {what}"
+
+
+def nothing_to_say(text: str) -> Iterator[Refusal]:
+    if not any(map(str.isalnum, text)):
+        yield Refusal("The transcript is empty or contains only punctuation.")
+
+
+# -- Speaking --------------------------------------------------------------------------------------------------------
+
+
+def cues(text: str) -> Iterator[tuple[str, str]]:
+    """What a transcript orders, in turn: ("", text to say) and (directive, argument)."""
+    at = 0
+    while match := OPENING.search(text, at):
+        end = closing(text, match.end(), quotes=False)
+        if end < 0:
+            break
+        yield "", text[at : match.start()]
+        yield match[1], text[match.end() : end].strip()
+        at = end + 1
+    yield "", text[at:]
+
+
+def voiced(body: Json, text: str, real: bool, at: float = 0.0) -> tuple[bytes, list[Said]]:
+    """16-bit PCM for a text, as a request wants it, and when its words are said."""
+    config = sub(body, "generation_config")
+    rate, language = body["output_format"]["sample_rate"], body.get("language", "en") if real else None
+    return utter(text, rate, config.get("speed", 1.0), config.get("volume", 1.0), at, language)
+
+
+def sound_encoded(pcm: bytes, encoding: str) -> bytes:
+    samples = struct.unpack(f"<{len(pcm) // 2}h", pcm)
+    if encoding == "pcm_f32le":
+        return struct.pack(f"<{len(samples)}f", *(sample / 32768 for sample in samples))
+    if encoding in ("pcm_mulaw", "pcm_alaw"):
+        return bytes(map({"pcm_mulaw": mulaw, "pcm_alaw": alaw}[encoding], samples))
+    return pcm
+
+
+def mulaw(sample: int) -> int:
+    """G.711, by its own words: sign, segment, step; all bits turned round."""
+    size = min(abs(sample), 32635) + 132
+    segment = size.bit_length() - 8
+    return ~((0x80 if sample < 0 else 0) | segment << 4 | size >> segment + 3 & 0x0F) & 0xFF
+
+
+def alaw(sample: int) -> int:
+    size = min(sample if sample >= 0 else ~sample, 32767) >> 4
+    segment = max(0, size.bit_length() - 4)
+    code = segment << 4 | (size >> segment - 1 if segment > 1 else size) & 0x0F
+    return (code | (0x80 if sample >= 0 else 0)) ^ 0x55
+
+
+def mp3(pcm: bytes, rate: int, bit_rate: int) -> bytes:
+    """MPEG frames of the right number, silent all of them: no library writes sounding ones. They hold a digest."""
+    version = 3 if rate >= 32000 else 2 if rate >= 16000 else 0
+    per_frame = 1152 if version == 3 else 576
+    index = {3: {32: 1, 64: 5, 96: 7, 128: 9, 192: 11}}.get(version, {32: 4, 64: 8, 96: 10, 128: 12, 192: 14})
+    sampling = {44100: 0, 48000: 1, 22050: 0, 24000: 1, 16000: 2, 8000: 2}[rate]
+    head = bytes([0xFF, 0xE3 | version << 3, index[bit_rate // 1000] << 4 | sampling << 2, 0xC0])
+    real = min(bit_rate, 160_000) if version < 3 else bit_rate
+    size = per_frame // 8 * real // rate
+    mark = hashlib.sha256(pcm).digest()[: max(0, size - 24)]
+    frame = (head + bytes(20)).ljust(size - len(mark), b"\0") + mark
+    return frame * -(-len(pcm) // 2 // per_frame)
+
+
+def sound_file(body: Json, pcm: bytes) -> tuple[str, bytes]:
+    """Content type and bytes of speech in the format that was asked for."""
+    form = body["output_format"]
+    rate = form["sample_rate"]
+    if form["container"] == "mp3":
+        return "audio/mpeg", mp3(pcm, rate, form["bit_rate"])
+    data = sound_encoded(pcm, form["encoding"])
+    if form["container"] == "raw":
+        return "audio/pcm", data
+    code, width = {"pcm_s16le": (1, 2), "pcm_f32le": (3, 4), "pcm_mulaw": (7, 1), "pcm_alaw": (6, 1)}[form["encoding"]]
+    shape = struct.pack("<IHHIIHH", 16, code, 1, rate, rate * width, width, 8 * width)
+    riff = struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + shape
+    return "audio/wav", b"RIFF" + riff + b"data" + struct.pack("<I", len(data)) + data
+
+
+class Performance:
+    """The messages for one transcript after another in a context; `at` is the seconds of audio so far."""
+
+    def __init__(self, body: Json, real: bool) -> None:
+        self.body, self.real = body, real
+        self.context_id: str | None = body.get("context_id")
+        self.timed = body.get("add_timestamps") is True
+        self.at = 0.0
+        self.flush_id = 1
+
+    def say(self, text: str) -> list[Json]:
+        pcm, said = voiced(self.body, text, self.real, self.at)
+        form = self.body["output_format"]
+        self.at += len(pcm) / 2 / form["sample_rate"]
+        data = sound_encoded(pcm, form["encoding"])
+        width = {"pcm_s16le": 2, "pcm_f32le": 4}.get(form["encoding"], 1)
+        size = width * (form["sample_rate"] // 10)
+        out = [self.chunk(data[at : at + size]) for at in range(0, len(data), size)]
+        if self.timed and said:  # before the audio that they are about, or behind it
+            out.insert(len(out) * (int(digest(text)[0], 16) % 2), self.times(said))
+        return out
+
+    def chunk(self, data: bytes) -> Json:
+        return self.message("chunk", data=base64.b64encode(data).decode(), step_time=12.5)
+
+    def times(self, said: list[Said]) -> Json:
+        columns = {"words": [one.word for one in said], "start": [one.start for one in said]}
+        return self.message("timestamps", word_timestamps={**columns, "end": [one.end for one in said]})
+
+    def flushed(self) -> Json:
+        message = self.message("flush_done", flush_done=True)
+        self.flush_id += 1
+        return message
+
+    def done(self) -> Json:
+        return {**self.message("done"), "done": True, "status_code": 200}
+
+    def error(self, refusal: Refusal) -> Json:
+        return {**self.message("error"), **cartesia_error(refusal), "done": True, "status_code": refusal.status}
+
+    def message(self, kind: str, **more: Any) -> Json:
+        context = {"context_id": self.context_id} if self.context_id else {}
+        flush = {"flush_id": self.flush_id} if context and kind in ("chunk", "timestamps", "flush_done") else {}
+        return {"type": kind, "done": False, "status_code": 206, **more, **context, **flush}
+
+
+async def cartesia_tts(request: web.Request) -> web.StreamResponse:
+    """`/tts/bytes` and `/tts/sse`."""
+    sandbox, sse = request.app[SANDBOX], request.path.endswith("/sse")
+    raw = await request.read()
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        body = None
+    with sandbox.entered(request, "cartesia", body if isinstance(body, dict) else None) as record:
+        refusal = next(cartesia_access(request), None)
+        if not isinstance(body, dict):
+            refusal = refusal or Refusal("Invalid JSON.")
+        else:
+            spec = SPEECH_BODY + SPEECH_STREAM if sse else SPEECH_BODY
+            refusal = refusal or next(speech_check(body, spec, raw_only=sse), None)
+            refusal = refusal or next(nothing_to_say(body["transcript"]), None)
+        if refusal or body is None:
+            return cartesia_refuse(request, refusal or Refusal(""))
+        performance = Performance(body, sandbox.real_speech)
+        orders = list(cues(body["transcript"]))
+        refused = ("error",) if sse else ("error", "error_in_stream")
+        if ordered_error := next((cartesia_order(argument) for name, argument in orders if name in refused), None):
+            return cartesia_refuse(request, ordered_error)
+        response = web.StreamResponse()
+        response.content_type = "text/event-stream" if sse else "application/octet-stream"
+        pieces, ending, slow = await asyncio.to_thread(spoken_pieces, performance, orders, sse)
+        if not sse:
+            texts = [text for name, text in orders if not name]
+            pcm = b"".join([(await asyncio.to_thread(voiced, body, text, sandbox.real_speech))[0] for text in texts])
+            response.content_type, whole = sound_file(body, pcm)
+            pieces = [whole[at : at + 4800] for at in range(0, len(whole), 4800)]
+            pieces = pieces[: len(pieces) // 2] if ending else pieces
+        await asyncio.sleep(next((float(argument) for name, argument in orders if name == "wait"), 0))
+        await response.prepare(request)
+        for piece in pieces:
+            await asyncio.sleep(slow)
+            await response.write(piece)
+        if ending == "hang":
+            await asyncio.Event().wait()
+        if ending in ("break_off", "reset"):
+            return hang_up(request, record, response, reset=ending == "reset")
+        await response.write_eof()
+        return response
+
+
+def spoken_pieces(performance: Performance, orders: list[tuple[str, str]], sse: bool) -> tuple[list[bytes], str, float]:
+    """Server-sent events for what is to be said until something ends it; how it ends; seconds between two."""
+    messages: list[Json] = []
+    ending, slow = "", 0.0
+    for name, argument in orders:
+        if not name and sse:
+            messages += performance.say(argument)
+        elif name == "slow":
+            slow = float(argument)
+        elif name == "error_in_stream":
+            messages.append(performance.error(cartesia_order(argument)))
+            break
+        elif name in ("break_off", "reset", "hang"):
+            ending = name
+            break
+    else:
+        messages.append(performance.done())
+    return [f"data: {compact(message)}\n\n".encode() for message in messages], ending, slow
+
+
+FLUSH, END = object(), object()
+
+
+class Context:
+    """A context of a socket: what is still to be said, and the task that says it."""
+
+    def __init__(self, body: Json, real: bool) -> None:
+        self.settings = self.settings_of(body)
+        self.performance = Performance(body, real)
+        self.jobs: asyncio.Queue[Any] = asyncio.Queue()
+        self.held = ""  # text that waits for more
+        self.cancelled = False
+        self.closed = False  # takes no more text
+        self.task: asyncio.Task[None] | None = None
+
+    @staticmethod
+    def settings_of(body: Json) -> Json:
+        return {key: value for key, value in body.items() if key not in ("transcript", "continue", "flush")}
+
+
+class Voice:
+    """One socket of `/tts/websocket`."""
+
+    def __init__(self, request: web.Request, record: Request, ws: web.WebSocketResponse) -> None:
+        self.sandbox = request.app[SANDBOX]
+        self.request, self.record, self.ws = request, record, ws
+        self.contexts: dict[str, Context] = {}
+        self.over: set[str] = set()
+
+    async def run(self) -> None:
+        try:
+            async for message in self.ws:
+                self.record.note(message.data)
+                await self.take(message.data)
+        finally:
+            tasks = [context.task for context in self.contexts.values() if context.task]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.sandbox.speaking -= len(self.contexts)
+
+    async def take(self, frame: Any) -> None:
+        try:
+            body = json.loads(frame) if isinstance(frame, str) else None
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return await self.refuse(Refusal("Invalid message: a JSON object is expected."), None)
+        context_id = body.get("context_id")
+        if not isinstance(context_id, str) or not re.fullmatch(r"[\w.-]{1,128}", context_id):
+            return await self.refuse(Refusal("context_id: is required", status=422), None)
+        context = self.contexts.get(context_id)
+        if body.get("cancel") is True:
+            if context:
+                context.cancelled = True
+                context.jobs.put_nowait(END)
+            return None
+        if refusal := next(self.faults(body, context), None):
+            return await self.refuse(refusal, context_id)
+        if context is None:
+            context = self.contexts[context_id] = Context(body, self.sandbox.real_speech)
+            self.sandbox.speaking += 1
+            context.task = asyncio.create_task(self.perform(context))
+        self.order(body, context)
+        return None
+
+    def faults(self, body: Json, context: Context | None) -> Iterator[Refusal]:
+        yield from speech_check(body, SPEECH_BODY + SPEECH_CONTEXT, raw_only=True)
+        if not 0 <= body.get("max_buffer_delay_ms", 3000) <= 5000:
+            yield Refusal("max_buffer_delay_ms: must be between 0 and 5000")
+        if body["context_id"] in self.over or (context and context.closed):
+            yield Refusal("This context is closed.", code="context_closed")
+        if context is None:
+            yield from nothing_to_say(body["transcript"])
+            if self.sandbox.speaking >= self.sandbox.most_contexts:
+                yield Refusal("You have exceeded your plan's concurrency limit.", status=429)
+        elif context.settings != Context.settings_of(body):
+            yield Refusal("All fields but transcript, continue and flush must stay the same within a context.")
+
+    def order(self, body: Json, context: Context) -> None:
+        """Text is spoken at once without a buffer, with one when a sentence is whole."""
+        context.held += body["transcript"]
+        last = body.get("continue") is not True
+        whole = re.search(r"[.!?。！？।]\s*$", context.held)
+        if context.held and (last or body.get("flush") or not body.get("max_buffer_delay_ms", 3000) or whole):
+            context.jobs.put_nowait(context.held)
+            context.held = ""
+        if body.get("flush") is True:
+            context.jobs.put_nowait(FLUSH)
+        if last:
+            context.closed = True
+            context.jobs.put_nowait(END)
+
+    async def perform(self, context: Context) -> None:
+        """Says one thing after the other. A context expires a second after its last audio."""
+        performance, slow = context.performance, self.sandbox.pace
+        try:
+            while not context.cancelled:
+                async with asyncio.timeout(self.sandbox.context_expires if performance.at else None):
+                    job = await context.jobs.get()
+                if job is END:
+                    break
+                if job is FLUSH:
+                    await self.send(performance.flushed())
+                    continue
+                for name, argument in cues(job):
+                    if name == "slow":
+                        slow = float(argument)
+                    elif not await self.act(name, argument, job, context):
+                        return
+                    for message in await asyncio.to_thread(performance.say, argument) if not name else []:
+                        await asyncio.sleep(slow)
+                        await self.send(message)
+                        if context.cancelled:  # this one was on its way
+                            break
+            await self.send(performance.done())
+        except TimeoutError:
+            await self.send(performance.done())
+        except ConnectionError:
+            pass
+        finally:
+            self.over.add(str(performance.context_id))
+            if self.contexts.pop(str(performance.context_id), None):
+                self.sandbox.speaking -= 1
+
+    async def act(self, name: str, argument: str, job: str, context: Context) -> bool:
+        """Does what a directive orders; false if that was the end. A socket breaks off once at the same words."""
+        if name in ("error", "error_in_stream"):
+            await self.send(context.performance.error(cartesia_order(argument)))
+            return False
+        if name == "wait":
+            await asyncio.sleep(float(argument))
+        if name == "hang":
+            await asyncio.Event().wait()
+        if name in ("break_off", "reset"):
+            rest = job.partition(f"[{name}")[2]
+            if rest not in self.sandbox.broken:
+                self.sandbox.broken.add(rest)
+                drop(self.request, reset=name == "reset")
+                return False
+        return True
+
+    async def refuse(self, refusal: Refusal, context_id: str | None) -> None:
+        more = {"context_id": context_id} if context_id else {}
+        await self.send(cartesia_error(refusal, type="error", done=True, status_code=refusal.status, **more))
+
+    async def send(self, message: Json) -> None:
+        await self.ws.send_str(compact(message))
+
+
+def drop(request: web.Request, reset: bool = False) -> None:
+    """Cuts a connection, with a FIN or a RST, and no WebSocket goodbye."""
+    transport = request.transport
+    if transport is None:
+        return
+    if reset:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+# -- Hearing ---------------------------------------------------------------------------------------------------------
+
+
+async def cartesia_stt(request: web.Request) -> web.StreamResponse:
+    """`POST /stt`: a recording in a form."""
+    form: Json = {}
+    try:
+        if request.content_type != "multipart/form-data":
+            raise ValueError
+        for name, value in (await request.post()).items():
+            if isinstance(value, web.FileField):
+                with value.file:
+                    form[name] = value.file.read()
+            else:
+                form[name] = value
+    except (ValueError, AssertionError):
+        form = {}
+    with request.app[SANDBOX].entered(request, "cartesia", form):
+        refusal = next(cartesia_access(request), None) or next(stt_faults(form), None)
+        if refusal:
+            return cartesia_refuse(request, refusal)
+        try:
+            pcm, rate, seconds = decoded(form["file"], request.query)
+        except ValueError as fault:
+            return cartesia_refuse(request, Refusal(str(fault)))
+        sandbox = request.app[SANDBOX]
+        ear = Ear(rate, script_of(sandbox))
+        said = ear.feed(pcm)
+        if not pcm:  # a file that cannot be looked into
+            script = list(itertools.islice(ear.script, max(1, int(seconds / 0.3))))
+            said = [Said(word, round(i * 0.3, 4), round(i * 0.3 + 0.25, 4)) for i, word in enumerate(script)]
+        text = " ".join(one.word for one in said)
+        named = dict(directives(text))
+        await asyncio.sleep(float(named.get("wait", 0)))
+        if "error" in named:
+            return cartesia_refuse(request, cartesia_order(named["error"]))
+        if "hang" in named:
+            await asyncio.Event().wait()
+        body = {"type": "transcript", "text": text, "language": form.get("language", "en"), "is_final": True}
+        body |= {"duration": round(seconds, 4), "request_id": digest(text)[:32]}
+        if "timestamp_granularities[]" in form:
+            body["words"] = [one._asdict() for one in said]
+        return web.json_response(body)
+
+
+def stt_faults(form: Json) -> Iterator[Refusal]:
+    if not isinstance(form.get("file"), bytes):
+        yield Refusal("file: is required", status=422)
+    if unknown := form.keys() - {"file", "model", "language", "timestamp_granularities[]"}:
+        yield Refusal(f"unknown fields: {', '.join(sorted(unknown))}", status=422)
+    if form.get("model") not in WHISPERS:
+        yield no_model()
+    yield from language_faults(form.get("language"))
+    if form.get("timestamp_granularities[]", "word") != "word":
+        yield Refusal("timestamp_granularities[]: only word is supported")
+
+
+def decoded(data: bytes, query: Mapping[str, str]) -> tuple[bytes, int, float]:
+    """16-bit PCM, its rate and its seconds; no PCM for files that take a decoder. Raises ValueError."""
+    if "encoding" in query or "sample_rate" in query:
+        encoding, rate = query.get("encoding", ""), query.get("sample_rate", "")
+        widths = {"pcm_s16le": 2, "pcm_s32le": 4, "pcm_f16le": 2, "pcm_f32le": 4, "pcm_mulaw": 1, "pcm_alaw": 1}
+        if encoding not in widths or not rate.isdigit() or not int(rate):
+            raise ValueError("encoding and sample_rate are needed for raw audio")
+        if len(data) % widths[encoding] or not data:
+            raise ValueError("The audio is empty or ends in the middle of a sample.")
+        return (data if encoding == "pcm_s16le" else b""), int(rate), len(data) / widths[encoding] / int(rate)
+    if data[:4] == b"RIFF":
+        try:
+            with wave.open(io.BytesIO(data)) as file:
+                if file.getnchannels() != 1 or file.getsampwidth() != 2:
+                    return b"", file.getframerate(), file.getnframes() / file.getframerate()
+                pcm = file.readframes(file.getnframes())
+                return pcm, file.getframerate(), len(pcm) / 2 / file.getframerate()
+        except (wave.Error, EOFError) as fault:
+            raise ValueError(f"Invalid WAV file: {fault}") from None
+    if data[:4] in (b"fLaC", b"OggS", b"\x1a\x45\xdf\xa3") or data[:3] == b"ID3" or data[4:8] == b"ftyp":
+        return b"", 16000, len(data) / 16000
+    if data[:1] == b"\xff" and len(data) > 4 and data[1] & 0xE0 == 0xE0:
+        return b"", 16000, len(data) / 16000
+    raise ValueError("Invalid or unsupported audio file.")
+
+
+class Stream:
+    """One socket of `/stt/websocket` or `/stt/turns/websocket`: audio and commands in, messages out. No I/O."""
+
+    def __init__(self, query: Mapping[str, str], script: Iterator[str], turns: bool) -> None:
+        self.turns = turns
+        self.language = query.get("language", "en")
+        self.request_id = digest(dict(query))[:32]
+        rate = query.get("sample_rate", "")
+        self.ear = Ear(int(rate) if rate.isdigit() and int(rate) else 16000, script)
+        self.words: list[Said] = []  # since the last final transcript, or of the turn
+        self.finals = 0
+        self.final_at = 0.0
+        self.eager = False
+
+    def audio(self, pcm: bytes) -> list[Json]:
+        said = self.ear.feed(pcm)
+        if self.turns:
+            out = [message for one in said for message in (*self.quiet(one.start), *self.hear(one))]
+            return out + list(self.quiet(self.ear.seconds))
+        self.words += said
+        return [self.transcript(final=False)] if said else []
+
+    def hear(self, one: Said) -> Iterator[Json]:
+        if not self.words:
+            yield self.message("turn.start")
+        elif self.eager:
+            yield self.message("turn.resume")
+        self.eager = False
+        self.words.append(one)
+        yield self.message("turn.update", transcript=self.text)
+
+    def quiet(self, until: float) -> Iterator[Json]:
+        """Silence since the last word ends a turn, first probably, then for good. The audio is the clock."""
+        gap = until - self.words[-1].end if self.words else 0
+        if gap >= 0.4 and not self.eager:
+            self.eager = True
+            yield self.message("turn.eager_end", transcript=self.text)
+        if gap >= 0.8:
+            yield self.message("turn.end", transcript=self.text)
+            self.words, self.eager = [], False
+
+    @property
+    def text(self) -> str:
+        return " ".join(one.word for one in self.words)
+
+    def command(self, text: str) -> list[Json]:
+        """Raises ValueError for what is none."""
+        if self.turns:
+            message = json.loads(text)
+            if not isinstance(message, dict) or message.get("type") not in ("config", "close"):
+                raise ValueError("unknown message")
+            return []
+        if text == "finalize":
+            return [*self.final(), self.message("flush_done")]
+        if text in ("close", "done"):
+            return [*self.final(), self.message("done")]
+        raise ValueError("unknown command")
+
+    def final(self) -> list[Json]:
+        if not self.words:
+            self.final_at = self.ear.seconds
+            return []
+        message = self.transcript(final=True)
+        self.words, self.finals, self.final_at = [], self.finals + 1, self.ear.seconds
+        return [message]
+
+    def transcript(self, final: bool) -> Json:
+        text = " " * (self.finals > 0) + self.text
+        message = self.message("transcript", is_final=final, text=text)
+        if not final:
+            return message
+        seconds = round(self.ear.seconds - self.final_at, 4)
+        return {**message, "duration": seconds, "language": self.language, "words": [w._asdict() for w in self.words]}
+
+    def message(self, kind: str, **more: Any) -> Json:
+        return {"type": kind, **more, "request_id": self.request_id}
+
+
+def stream_faults(query: Mapping[str, str], turns: bool) -> Iterator[Refusal]:
+    model = query.get("model", "")
+    if model not in (("ink-2",) if turns else ("ink-2", *WHISPERS)):
+        yield no_model()
+    if query.get("encoding") != "pcm_s16le":
+        yield Refusal("encoding: the sandbox hears pcm_s16le")
+    if not query.get("sample_rate", "").isdigit() or not 8000 <= int(query["sample_rate"]) <= 48000:
+        yield Refusal("sample_rate: is required")
+    thresholds = {"turn_start_threshold", "turn_eager_end_threshold", "turn_end_threshold", "turn_end_timeout_ms"}
+    known = {"model", "encoding", "sample_rate", "keyterm", "cartesia_version", "access_token"}
+    known |= thresholds if turns else {"language", "min_volume", "max_silence_duration_secs"}
+    if unknown := query.keys() - known:
+        yield Refusal(f"unknown parameters: {', '.join(sorted(unknown))}")
+    if not turns and model == "ink-2" and query.get("language", "en") != "en":
+        yield Refusal("ink-2 hears English only.")
+    yield from language_faults(query.get("language"))
+
+
+async def cartesia_listen(request: web.Request) -> web.StreamResponse:
+    """The two sockets for streaming STT."""
+    sandbox, turns = request.app[SANDBOX], "/turns/" in request.path
+    with sandbox.entered(request, "cartesia", dict(request.query)) as record:
+        if refusal := next(cartesia_access(request), None):
+            return cartesia_refuse(request, refusal)
+        ws = web.WebSocketResponse(compress=False, heartbeat=60)
+        await ws.prepare(request)
+        with sandbox.connected(request):
+            fault = next(stream_faults(request.query, turns), None)
+            stream = Stream(request.query, script_of(sandbox), turns)
+            if fault:
+                await ws.send_json(cartesia_error(fault, type="error", status_code=fault.status))
+                await ws.close(code=1008)
+            elif turns:
+                await ws.send_json(stream.message("connected"))
+            async for message in ws:
+                record.note(message.data)
+                if not await hear(request, ws, stream, message.data):
+                    break
+            record.finish(closed=ws.close_code != 1000)
+            return ws
+
+
+async def hear(request: web.Request, ws: web.WebSocketResponse, stream: Stream, data: Any) -> bool:
+    """Answers a frame; false after the last."""
+    try:
+        if isinstance(data, bytes) and len(data) % 2:
+            raise ValueError("the frame ends in the middle of a sample")
+        messages = stream.audio(data) if isinstance(data, bytes) else stream.command(data)
+    except ValueError as fault:
+        await ws.send_json(cartesia_error(Refusal(str(fault)), type="error", status_code=400))
+        return True
+    broken = request.app[SANDBOX].broken
+    for name, argument in directives(stream.text):
+        if name == "error":
+            refusal = cartesia_order(argument)
+            await ws.send_json(cartesia_error(refusal, type="error", status_code=refusal.status))
+            return False
+        if name in ("break_off", "reset") and (request.path, name) not in broken:
+            broken.add((request.path, name))
+            drop(request, reset=name == "reset")
+            return False
+    for message in messages:
+        await ws.send_str(compact(message))
+    if isinstance(data, str) and (data in ("close", "done") or '"close"' in data):
+        await ws.close()
+        return False
+    return True
+
+
+async def cartesia_speak(request: web.Request) -> web.StreamResponse:
+    """`/tts/websocket`."""
+    with request.app[SANDBOX].entered(request, "cartesia", dict(request.query)) as record:
+        if refusal := next(cartesia_access(request), None):
+            return cartesia_refuse(request, refusal)
+        ws = web.WebSocketResponse(compress=False, heartbeat=60)
+        await ws.prepare(request)
+        with request.app[SANDBOX].connected(request):
+            await Voice(request, record, ws).run()
+        record.finish(closed=ws.close_code != 1000)
+        return ws
+
+
 # == HTTP ============================================================================================================
 
 
@@ -3606,6 +4497,11 @@ ROUTES: tuple[tuple[str, str, Callable[[web.Request], Any]], ...] = (
     ("GET", "/gemini-oauth/v1internal/operations/{name}", code_assist_operation),
     ("GET", "/oauth/authorize", oauth_authorize),
     ("POST", "/oauth/token", oauth_token),
+    ("POST", "/cartesia/tts/{kind:bytes|sse}", cartesia_tts),
+    ("GET", "/cartesia/tts/websocket", cartesia_speak),
+    ("POST", "/cartesia/stt", cartesia_stt),
+    ("GET", "/cartesia/stt/websocket", cartesia_listen),
+    ("GET", "/cartesia/stt/turns/websocket", cartesia_listen),
 )
 
 
@@ -3629,7 +4525,7 @@ class Request:
     """One request as it came in. `body` is the decoded JSON or form, None where there was none or it did not parse.
 
     `done` is set when the answer ended or the caller went away, `closed` only in the second case; `ended` is the loop
-    time (seconds) of either, None until then.
+    time (seconds) of either, None until then. For a WebSocket, `body` is the query and `messages` what came over it.
     """
 
     provider: str
@@ -3641,6 +4537,28 @@ class Request:
     ended: float | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+    messages: list[Any] = field(default_factory=list)
+    arrival: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+
+    def note(self, frame: str | bytes) -> None:
+        """Notes a frame of a WebSocket: bytes, or text, decoded where it is a JSON object."""
+        message: Any = frame
+        if isinstance(frame, str) and frame.startswith("{"):
+            with contextlib.suppress(ValueError):
+                message = json.loads(frame)
+        self.messages.append(message)
+        self.arrival.set()
+        self.arrival = asyncio.Event()
+
+    async def heard(self, wanted: Callable[[Any], bool]) -> Any:
+        """The first frame that is `wanted`; waits until it has come in."""
+        at = 0
+        while True:
+            while at < len(self.messages):
+                at += 1
+                if wanted(self.messages[at - 1]):
+                    return self.messages[at - 1]
+            await self.arrival.wait()
 
     def finish(self, closed: bool = False) -> None:
         """Notes the end; only the first call counts."""
@@ -3667,8 +4585,9 @@ class Entry:
         self.record.finish(closed=isinstance(error, (asyncio.CancelledError, ConnectionError)))
 
 
-PROVIDER_PATHS = {provider: f"/{provider}" for provider in WIRES} | {"gemini-oauth": "/gemini-oauth/v1internal"}
-KEYS = ("anthropic", "openai", "groq", "gemini", "cerebras")
+PROVIDER_PATHS = {provider: f"/{provider}" for provider in (*WIRES, "cartesia")}
+PROVIDER_PATHS["gemini-oauth"] = "/gemini-oauth/v1internal"
+KEYS = ("anthropic", "openai", "groq", "gemini", "cerebras", "cartesia")
 
 
 class Sandbox:
@@ -3682,6 +4601,12 @@ class Sandbox:
     oauth_url  where `/authorize` and `/token` are
     requests   the last `keep` requests, oldest first; `seen` counts all of them
     open       requests in progress
+
+    transcripts     what recordings say in which the sandbox finds no words of its own (`speech` makes some with)
+    real_speech     words are spoken by espeak-ng, which must be installed, and are no tones
+    pace            seconds that speech over WebSockets takes for each 0.1 seconds of audio
+    most_contexts   of speech at a time, then a 429
+    context_expires seconds after the last audio of a context until it takes no more text
     """
 
     def __init__(self, keep: int = 10_000) -> None:
@@ -3690,6 +4615,14 @@ class Sandbox:
         self.open = 0
         self.cache: Cache = Cache()
         self.grants: dict[str, Grant] = {}
+        self.transcripts: collections.deque[str] = collections.deque()
+        self.real_speech = False
+        self.pace = 0.0
+        self.most_contexts = 15
+        self.context_expires = 1.0
+        self.speaking = 0  # contexts
+        self.broken: set[Any] = set()  # where streams were broken off as ordered: they are not a second time
+        self._sockets: dict[int, web.Request] = {}
         self.url = ""
         self._arrival = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -3761,7 +4694,8 @@ class Sandbox:
     def entered(self, request: web.Request, provider: str, body: Json | None) -> Entry:
         """Notes a request; the result is a context manager for the time of its answer."""
         wire = WIRES.get(provider)
-        key = wire.key(request.headers, request.query) if wire else ""
+        find = wire.key if wire else cartesia_key if provider == "cartesia" else None
+        key = find(request.headers, request.query) if find else ""
         now = asyncio.get_running_loop().time()
         record = Request(provider, request.path, dict(request.headers), body, key, now)
         self.requests.append(record)
@@ -3770,6 +4704,22 @@ class Sandbox:
         self._arrival.set()
         self._arrival = asyncio.Event()
         return Entry(self, record)
+
+    @contextlib.contextmanager
+    def connected(self, request: web.Request) -> Iterator[None]:
+        """Keeps a WebSocket in mind for `drop_sockets`."""
+        self._sockets[id(request)] = request
+        try:
+            yield
+        finally:
+            del self._sockets[id(request)]
+
+    def drop_sockets(self) -> int:
+        """Cuts all WebSockets off, as a network that fails would, and says how many."""
+        cut = list(self._sockets.values())
+        for request in cut:
+            drop(request)
+        return len(cut)
 
 
 def login_folder() -> tempfile.TemporaryDirectory[str]:
@@ -3788,6 +4738,7 @@ SANDBOX = web.AppKey("sandbox", Sandbox)
 
 async def run(host: str, port: int) -> None:
     sandbox = Sandbox()
+    sandbox.real_speech = shutil.which("espeak-ng") is not None
     await sandbox.start(host, port)
     lines = [f"export {name}={value}" for name, value in sandbox.environ.items()]
     print("\n".join(lines), f"# listening on {sandbox.url}, Ctrl-C ends it", sep="\n", flush=True)

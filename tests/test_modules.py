@@ -22,12 +22,13 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "providers": (set(), set()),
     "sandbox": (set(), set()),
     "vai": ({"providers"}, set()),
+    "voice": ({"providers"}, set()),
     "server": ({"providers", "vai"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
 PYDANTIC = r"pydantic(_core)?|annotated_types|typing_\w+"
 AIOHTTP = r"aio\w+|attrs?|frozenlist|idna|multidict|propcache|yarl|typing_\w+|brotli\w*|cryptography|_?cffi\w*"
-NEEDS = {"providers": PYDANTIC, "sandbox": AIOHTTP, "vai": PYDANTIC, "server": f"{PYDANTIC}|{AIOHTTP}"}
+NEEDS = {"sandbox": AIOHTTP, "server": f"{PYDANTIC}|{AIOHTTP}"} | dict.fromkeys(("providers", "vai", "voice"), PYDANTIC)
 SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 modules = pytest.mark.parametrize("module", MAY_IMPORT)
 layouts = pytest.mark.parametrize("package", ["", "pkg"], ids=["flat", "package"])
@@ -160,6 +161,34 @@ def test_copies_work(tmp_path: Path, package: str) -> None:
     assert (run.stdout, run.stderr) == ("Hello, you. True\n", "")
 
 
+SPEAK = """
+import asyncio
+from {package}providers import Credential, Secret, Transport
+from {package}sandbox import Sandbox
+from {package}voice import SPEECH, Service, Sockets, VoiceInput, VoiceOutput, read_recording
+
+async def main():
+    async with Sandbox() as sandbox:
+        transport, sockets = Transport(), Sockets()
+        credential = Credential(Secret("any-key"))
+        service = Service(SPEECH["cartesia"], sandbox.base_urls["cartesia"], credential, transport, sockets)
+        speech = await service.synthesize("Hello, you.", VoiceOutput())
+        print((await service.transcribe(read_recording(speech.audio), VoiceInput())).text)
+        await transport.close()
+        await sockets.close()
+
+asyncio.run(main())
+"""
+
+
+@layouts
+def test_speech_works_without_the_client(tmp_path: Path, package: str) -> None:
+    """voice.py and providers.py alone speak and listen."""
+    copied(tmp_path, package, "providers", "voice", "sandbox")
+    run = python(tmp_path, "-c", SPEAK.format(package=f"{package}." if package else ""))
+    assert (run.stdout, run.stderr) == ("Hello, you.\n", "")
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "says"),
     [
@@ -177,7 +206,9 @@ def test_commands_run_from_a_package(tmp_path: Path, module: str, arguments: lis
 
 
 @layouts
-@pytest.mark.parametrize(("module", "other"), [("vai", "older"), ("server", "older"), ("vai", "a stranger's")])
+@pytest.mark.parametrize(
+    ("module", "other"), [("vai", "older"), ("voice", "older"), ("server", "older"), ("vai", "a stranger's")]
+)
 def test_another_providers_is_an_import_error(tmp_path: Path, package: str, module: str, other: str) -> None:
     """A copy of another age, or a stranger's module of that name, is told from ours, with the file it was found at."""
     target = copied(tmp_path, package, *MAY_IMPORT) / "providers.py"
