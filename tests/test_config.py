@@ -24,17 +24,25 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {  # default, then what file, env
     "server.host": ("127.0.0.1", "::1", "127.0.0.2", "127.0.0.3"),
     "server.port": (8080, 1001, 1002, 1003),
     "server.allow_open": (False, True, False, True),
+    "server.trusted_proxies": ([], ["10.0.0.0/8"], ["127.0.0.1/32", "fd00::/8"], None),
     "auth.mode": ("api_key", "none", "passthrough", "api_key"),
     "limits.max_body_bytes": (10 << 20, 2001, 2002, None),
     "limits.max_tokens_default": (4096, 11, 12, None),
+    "rate_limit.enabled": (True, False, True, None),
+    "rate_limit.caller_rpm": (100_000, 11, 12, None),
+    "rate_limit.global_rpm": (1_000_000, 11, 12, None),
+    "rate_limit.redis_url": (None, "redis://a:1/0", "unix:///run/redis.sock", None),
     "timeouts.connect": (10, 1.5, 2.5, None),
     "timeouts.first_byte": (120, 1.5, 2.5, None),
     "timeouts.idle": (120, 1.5, 2.5, None),
     "timeouts.total": (600, 1.5, 2.5, None),
+    "timeouts.head": (15, 1.5, 2.5, None),
     "timeouts.body": (60, 1.5, 2.5, None),
     "timeouts.write": (60, 1.5, 2.5, None),
     "timeouts.drain": (30, 1.5, 2.5, None),
     "sse.ping_interval": (15, 1.5, 2.5, None),
+    "cors.allowed_origins": ([], ["*"], ["https://a.test", "http://localhost:3000"], None),
+    "cors.allow_credentials": (False, True, False, None),
     "log.level": ("info", "debug", "warning", "error"),
     "log.format": (None, "text", "json", "text"),
 }
@@ -63,10 +71,13 @@ def test_precedence(tmp_path: Path, path: str, values: tuple[Any, Any, Any, Any]
     option = next(option for option in server.OPTIONS if option.path == path)
     section, name = path.split(".")
     file = written(tmp_path, f"[{section}]\n{name} = {toml(in_file)}\n")
-    environ = {option.env: str(in_environ).lower()}
+    environ = {option.env: ", ".join(in_environ) if option.many else str(in_environ).lower()}
+    if path == "cors.allow_credentials":
+        environ["VAI_CORS_ORIGINS"] = "https://a.test"
 
     def got(flags: dict[str, Any], environ: dict[str, str]) -> Any:
-        return getattr(getattr(load_config(flags, environ), section), name)
+        value = getattr(getattr(load_config(flags, environ), section), name)
+        return [str(item) for item in value] if option.many else value
 
     assert got({"config": file}, {}) == in_file
     assert got({"config": file}, environ) == in_environ
@@ -168,6 +179,35 @@ WRONG: dict[str, tuple[str, dict[str, str], list[str], str]] = {  # file, enviro
     "alias without provider": ('aliases.a = "gpt-4o"', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
     "alias of an unknown provider": ('aliases.a = "mistral/x"', {}, [], r"FILE: aliases\.a: .*anthropic, openai.*"),
     "alias of an alias": ('aliases = {a = "b", b = "groq/x"}', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
+    "key without models": (f'[[auth.keys]]\nkey = "{SECRET}"\nmodels = []', {}, [], r"FILE: auth\.keys\.0\.models: .*"),
+    "pattern of models": (
+        f'[[auth.keys]]\nkey = "{SECRET}"\nmodels = ["openai/[ab]"]',
+        {},
+        [],
+        r"FILE: auth\.keys\.0\.models\.0: .*",
+    ),
+    "rpm of a key": (f'[[auth.keys]]\nkey = "{SECRET}"\nrpm = 0', {}, [], r"FILE: auth\.keys\.0\.rpm: .* 1"),
+    "rpm": ("", {"VAI_CALLER_RPM": "many"}, [], r"VAI_CALLER_RPM: rate_limit\.caller_rpm: .*integer.*"),
+    "Redis": ("", {"VAI_REDIS_URL": f"http://:{SECRET}@h"}, [], r"VAI_REDIS_URL: rate_limit\.redis_url: .*redis.*"),
+    "proxy": (
+        "",
+        {"VAI_TRUSTED_PROXIES": "10.0.0.0/8,nginx"},
+        [],
+        r"VAI_TRUSTED_PROXIES: server\.trusted_proxies\.1: .*",
+    ),
+    "origin with a path": (
+        "",
+        {"VAI_CORS_ORIGINS": "https://a.test/"},
+        [],
+        r"VAI_CORS_ORIGINS: cors\.allowed_origins\.0: .*",
+    ),
+    "origin null": ('cors.allowed_origins = ["null"]', {}, [], r"FILE: cors\.allowed_origins\.0: .*"),
+    "any origin, with credentials": (
+        'cors.allowed_origins = ["https://a.test", "*"]',
+        {"VAI_CORS_CREDENTIALS": "true"},
+        [],
+        r"VAI_CORS_CREDENTIALS: cors\.allow_credentials: .*'\*'.*",
+    ),
     "open to all": ("", {}, ["--auth", "none", "--host", "0.0.0.0"], r".*0\.0\.0\.0.*--allow-open"),  # noqa: S104
     "open by name": ('auth.mode = "none"', {"VAI_HOST": "example.org"}, [], r".*example\.org.*--allow-open"),
 }
