@@ -642,6 +642,7 @@ class SharedLimiter:
     """
 
     PATIENCE = 0.025  # seconds for one call
+    BATCH = 256  # at most so many are asked at once
     PAUSE = 1.0  # seconds, from a failure to the next attempt
     CONNECT = 1.0  # seconds; nobody waits for it
     QUIET = 60.0  # seconds between two lines in the log
@@ -689,7 +690,7 @@ class SharedLimiter:
     async def _run(self) -> None:
         while True:
             client = self._library.Redis.from_url(
-                self._url, single_connection_client=True, retry=None, socket_connect_timeout=self.CONNECT
+                self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.CONNECT
             )
             try:
                 await self._talk(client)
@@ -709,9 +710,10 @@ class SharedLimiter:
             script = await client.script_load(SHARED_WINDOWS)
         self.connected.set()
         while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            self._under_way, self._asked = self._asked, []
+            if not self._asked:
+                self._wanted.clear()
+                await self._wanted.wait()
+            self._under_way, self._asked = self._asked[: self.BATCH], self._asked[self.BATCH :]
             calls = client.pipeline(transaction=False)
             for asked in self._under_way:
                 keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
@@ -976,6 +978,8 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
         slow.status = 408
         raise slow from None
+    except web.RequestPayloadError:
+        raise InvalidRequestError("the body is malformed: its length or its chunks", code="malformed_body") from None
     raw = b"".join(parts)
     try:
         body = await off_loop(size, read_keys, raw, limits)
@@ -1064,15 +1068,41 @@ class EventWriter:
 # == Connections =======================================================================================================
 
 
+SPARE_FILES = 64  # open files that are no connections
+
+
+def raise_file_limit() -> None:
+    """Take all the open files that this process may have; many systems start with 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # ImportError: Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many callers may be connected, so that each can have a connection to a provider."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 15
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 15 if soft == resource.RLIM_INFINITY else max((soft - SPARE_FILES) // 2, 16)
+
+
 class Connection(web.RequestHandler):
-    """aiohttp's connection, with what it lacks: a deadline for a request's head, one for a write that nobody reads, and
-    an envelope for what the parser refuses. `_waiter` and `_request_count` are aiohttp's own."""
+    """aiohttp's connection, with what that lacks: deadlines for heads and for readers, envelopes for what is no HTTP.
 
-    __slots__ = ("_head_timer", "_link", "_read_timer", "_times")
+    Attributes that begin with `_` and are not in these slots are aiohttp's own.
+    """
 
-    def __init__(self, manager: web.Server, *, times: TimeoutsSection, **options: Any) -> None:
+    __slots__ = ("_head_timer", "_link", "_most", "_read_timer", "_times")
+
+    def __init__(self, manager: web.Server, *, times: TimeoutsSection, most: int, **options: Any) -> None:
         super().__init__(manager, **options)
         self._times = times
+        self._most = most
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._link: asyncio.Transport | None = None  # also after a close, while there is something to write
@@ -1080,22 +1110,29 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._link = self.transport
+        if self._manager and len(self._manager._connections) > self._most and self._link:
+            self._link.abort()
+            return
         self._head_timer = self._loop.call_later(self._times.head, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         for timer in (self._head_timer, self._read_timer):
             if timer:
                 timer.cancel()
+        self._link = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         before = self._request_count
         super().data_received(data)
-        if self._head_timer:
-            if self._request_count > before:
+        if self._request_count > before:
+            if self._head_timer:
                 self._head_timer.cancel()
                 self._head_timer = None
-        elif self._request_count == before and self._waiter and not self._waiter.done():  # a part of the next head
+            if self._current_request and not self._current_request.content.is_eof():
+                # What came is no request but the parser's complaint of this one's body, whose reader it does not tell.
+                self._current_request.content.set_exception(web.RequestPayloadError())
+        elif data and self._head_timer is None and self._waiter and not self._waiter.done():  # a part of the next head
             self._head_timer = self._loop.call_later(self._times.head, self.force_close)
 
     def pause_writing(self) -> None:
@@ -1123,7 +1160,7 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
         refused = status == 400
-        fault = InvalidRequestError("not HTTP as it should be") if refused else error_of(exc or Exception(), "")
+        fault = InvalidRequestError("the request is malformed") if refused else error_of(exc or Exception(), "")
         exchange = Exchange(new_request_id(), error=fault)
         token = request_id.set(exchange.id)
         try:
@@ -1153,7 +1190,7 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         times = self.app[GATEWAY].config.timeouts
         made = await super()._make_server()
-        return Listener(made, times, access_log=None, keepalive_timeout=75, lingering_time=2)
+        return Listener(made, times, most=most_connections(), access_log=None, keepalive_timeout=75, lingering_time=2)
 
 
 # == The endpoints =====================================================================================================
@@ -1339,7 +1376,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "draining" or fault.status in (408, 413):
+        if fault.code in ("draining", "malformed_body") or fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -1446,6 +1483,7 @@ def warm_up(engine: vai.Direct) -> None:
 
 async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:
     """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
+    raise_file_limit()
     engine = make_engine(config, environ)
     warm_up(engine)
     app = make_app(config, engine)
