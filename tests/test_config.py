@@ -7,12 +7,15 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from anthropic import AsyncAnthropic
 from conftest import KEY, ROOT, Serve
+from pydantic import BaseModel
 
 import providers
 import server
@@ -284,6 +287,50 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(option.flag in out for option in server.OPTIONS if option.flag)
     assert out.endswith(f"vai {providers.__version__}\n")
+
+
+# == The example =======================================================================================================
+
+EXAMPLE = (ROOT / "vai.example.toml").read_text(encoding="utf-8")
+
+
+def options_of(section: type[BaseModel]) -> Iterator[str]:
+    """Every option of a configuration, as `section.name`, the items of a list or table as the section's own."""
+    for name, field in section.model_fields.items():
+        models = [kind for kind in walk(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        yield from (f"{name}.{inner}" for model in models for inner in options_of(model))
+        if not models:
+            yield name
+
+
+def walk(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from walk(inner)
+
+
+def test_example_is_the_default(tmp_path: Path) -> None:
+    """What the example says without a comment sign is what holds without it."""
+    assert load_config({"config": written(tmp_path, EXAMPLE)}, {}) == server.Config()
+
+
+def test_example_has_every_option(tmp_path: Path) -> None:
+    """With its comments switched on, the example has every option that there is, and names its variable and flag."""
+    whole = re.sub(r"(?m)^# (?=\[|\w+ = )", "", EXAMPLE)
+    environ = {"WEBSITE_KEY": SECRET, "OPENAI_API_KEY": SECRET, "REDIS_PASSWORD": SECRET}
+    config = load_config({"config": written(tmp_path, whole)}, environ)
+    assert (config.auth.keys[0].rpm, config.auth.keys[0].models) == (600, ["openai/*", "fast"])
+    tree = tomllib.loads(whole)
+    found = {
+        f"{section}.{name}" for section in tree for name in tree[section] if section not in ("aliases", "providers")
+    }
+    found |= {f"auth.keys.{name}" for name in tree["auth"]["keys"][0]}
+    found |= {f"providers.{name}" for name in tree["providers"]["openai"]}
+    assert found - {"auth.keys"} | {"aliases"} == set(options_of(server.Config))
+    assert "aliases" in tree
+    for option in server.OPTIONS:
+        assert option.path.startswith("timeouts.") or option.env in EXAMPLE
+        assert option.flag is None or option.flag in EXAMPLE
 
 
 # == Effects ===========================================================================================================
