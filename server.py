@@ -435,7 +435,7 @@ class Callers:
         if self.proxies and address:
             hops = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
             while hops and any(address in network for network in self.proxies):
-                hop = ip_address(hops.pop().strip())
+                hop = ip_address(hops.pop().strip()[:64])
                 if hop is None:
                     break  # what is further left was not written by anyone we trust
                 address = hop
@@ -661,14 +661,15 @@ class SharedLimiter:
         self._asked: list[Asked] = []
         self._under_way: list[Asked] = []
         self._task: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()  # to connect, with or without success
         self.connected = asyncio.Event()
         self.passed = 0  # requests that went uncounted
 
     async def start(self, patience: float = 0.25) -> None:
-        """Connect; if that takes longer, it goes on while the first requests pass."""
+        """Try to connect; if that takes longer, it goes on while the first requests pass."""
         self._task = asyncio.create_task(self._run())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.connected.wait(), patience)
+            await asyncio.wait_for(self._tried.wait(), patience)
 
     async def close(self) -> None:
         if self._task:
@@ -697,6 +698,7 @@ class SharedLimiter:
             except Exception as fault:  # whatever it is, no request may suffer from it
                 self._warn(fault)
             finally:
+                self._tried.set()
                 self.connected.clear()
                 for asked in self._under_way + self._asked:
                     asked.settle(None)
@@ -709,6 +711,7 @@ class SharedLimiter:
         async with asyncio.timeout(self.CONNECT):
             script = await client.script_load(SHARED_WINDOWS)
         self.connected.set()
+        self._tried.set()
         while True:
             if not self._asked:
                 self._wanted.clear()
