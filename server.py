@@ -382,8 +382,10 @@ def ip_address(text: str) -> IPAddress | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def account_of(address: IPAddress | None) -> str:
+@functools.lru_cache(4096)
+def account_of(text: str) -> str:
     """Of IPv6 the first 64 bits: whoever has one such address has them all (RFC 6177)."""
+    address = ip_address(text)
     if address is None:
         return "ip:unknown"
     if isinstance(address, ipaddress.IPv6Address):
@@ -431,15 +433,17 @@ class Callers:
 
     def address(self, request: web.Request) -> str:
         """Where a request comes from, as an account: what trusted proxies have forwarded goes by its sender."""
-        address = ip_address(request.remote or "")
-        if self.proxies and address:
+        peer = request.remote or ""
+        address = ip_address(peer) if self.proxies else None
+        if address:
             hops = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
             while hops and any(address in network for network in self.proxies):
                 hop = ip_address(hops.pop().strip()[:64])
                 if hop is None:
                     break  # what is further left was not written by anyone we trust
                 address = hop
-        return account_of(address)
+            return account_of(str(address))
+        return account_of(peer)
 
 
 def presented_key(request: web.Request) -> providers.Secret | None:
@@ -509,12 +513,9 @@ class Window:
         self.total = 0
 
     def forget(self, now: float) -> None:
-        gone = 0
-        while gone < len(self.marks) and self.marks[gone] + MINUTE <= now:
-            self.total -= int(self.marks[gone + 1])
-            gone += 2
-        if gone:
-            del self.marks[:gone]
+        while self.marks and self.marks[0] + MINUTE <= now:
+            self.total -= int(self.marks[1])
+            del self.marks[:2]
 
     def add(self, now: float) -> None:
         if self.marks and int(self.marks[-2]) == int(now):
@@ -782,8 +783,6 @@ class CORS:
 
     def headers(self, request: web.Request) -> dict[str, str]:
         """Of any answer, errors included: a browser hides what lacks them."""
-        if not self._origins:
-            return {}
         headers, origin = {"Vary": "Origin"}, request.headers.get("Origin")
         if origin is not None and self.allows(origin):
             headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
@@ -1399,7 +1398,8 @@ class Gateway:
     async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every response; `request-id` is where Anthropic's SDKs look."""
         response.headers["Server"] = "vai"
-        response.headers.update(self.cors.headers(request))
+        if self.config.cors.allowed_origins:
+            response.headers.update(self.cors.headers(request))
         if VERDICT in request:
             response.headers.update(request[VERDICT].headers())
         if EXCHANGE in request:
