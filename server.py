@@ -473,7 +473,6 @@ MINUTE = 60.0  # seconds
 FAILURES_RPM = 1000  # requests without a valid key, from one address
 MOST_ACCOUNTS = 1 << 16  # beyond these the one that was quiet for longest is forgotten
 
-
 Refusal = Literal["", "caller", "global", "failures"]
 REFUSALS = {"caller": "of one caller", "global": "of all callers together", "failures": "without a valid key"}
 
@@ -527,11 +526,11 @@ class Window:
 
     def verdict(self, refused: Refusal, limit: int, now: float) -> Verdict:
         wait = self.marks[0] + MINUTE - now if self.marks else 0
-        return Verdict(refused, limit, max(limit - self.total, 0), seconds(wait))
+        return Verdict(refused, limit, max(limit - self.total, 0), whole_seconds(wait))
 
 
-def seconds(wait: float) -> int:
-    """Whole seconds to wait, for which clients are told at least one."""
+def whole_seconds(wait: float) -> int:
+    """What a client is told to wait: at least a second."""
     return min(max(math.ceil(wait), 1), int(MINUTE))
 
 
@@ -579,7 +578,7 @@ class RateLimits:
         self.shared = SharedLimiter(shared, config.global_rpm, clock) if shared else None
 
     async def admit(self, caller: Caller) -> Verdict | None:
-        """Count a request; raises `RateLimitError`. None where nothing counts: no limits, or no Redis to ask."""
+        """Count a request. None where nothing counts: limits are off, or Redis does not answer."""
         if not self._config.enabled:
             return None
         rpm = caller.rpm or self._config.caller_rpm
@@ -633,13 +632,14 @@ local told = math.max(refused, 1)
 local first = windows[told][1][1] or now
 return {refused, windows[told][2], math.ceil((first + 60 - now) * 1000)}
 """
+SHARED_REFUSALS: dict[int, Refusal] = {0: "", 1: "caller", 2: "global"}
 
 
 class SharedLimiter:
     """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
 
-    One task has the connection. What is asked while a call is under way goes out together, as the next: Redis costs a
-    gateway the same whatever its load. A request waits for two calls at most, so for 50 ms.
+    One task has the connection. What is asked while a call is under way goes out together, as the next. A request
+    waits for the call under way and for its own, so for 50 ms at most; after a failure none waits until Redis is back.
     """
 
     PATIENCE = 0.025  # seconds for one call
@@ -653,6 +653,10 @@ class SharedLimiter:
             from redis import asyncio as library
         except ImportError:
             raise ConfigError("rate_limit.redis_url: redis is missing: pip install 'vai[redis]'") from None
+        try:
+            library.ConnectionPool.from_url(url)
+        except ValueError:
+            raise ConfigError("rate_limit.redis_url: must be redis://[:password@]host[:port][/db]") from None
         self._library: Any = library
         self._url = url
         self._rpm = rpm
@@ -691,7 +695,7 @@ class SharedLimiter:
 
     async def _run(self) -> None:
         while True:
-            client = self._library.Redis.from_url(
+            client = self._library.Redis.from_url(  # protocol 2: older servers know no other
                 self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.CONNECT
             )
             try:
@@ -723,10 +727,10 @@ class SharedLimiter:
                 keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
                 calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
             answers = await patiently(calls.execute(), self.PATIENCE)
-            for asked, (refused, total, wait) in zip(self._under_way, answers, strict=True):
-                limit = self._rpm if refused == 2 else asked.rpm
-                left = max(limit - int(total), 0)
-                asked.settle(Verdict(("", "caller", "global")[refused], limit, left, seconds(wait / 1000)))
+            for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
+                refused = SHARED_REFUSALS[code]
+                limit = self._rpm if refused == "global" else asked.rpm
+                asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
 
     def _warn(self, fault: Exception) -> None:
         now = self._clock()

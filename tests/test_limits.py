@@ -475,7 +475,7 @@ NONSENSE = {
     "nothing": b"*-1\r\n",
     "short": b"*2\r\n:0\r\n:1\r\n",
     "strings": b"*3\r\n$1\r\na\r\n$1\r\nb\r\n$1\r\nc\r\n",
-    "refusal unknown": b"*3\r\n:9\r\n:1\r\n:1\r\n",
+    "refusal unknown": b"*3\r\n:-1\r\n:1\r\n:1\r\n",
     "error": b"-ERR sk-fault no such script\r\n",
     "read only": b"-READONLY You can't write against a read only replica.\r\n",
     "closed": b"",
@@ -547,6 +547,14 @@ def test_redis_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert errors == "vai: rate_limit.redis_url: redis is missing: pip install 'vai[redis]'\n"
     monkeypatch.setenv("VAI_RATE_LIMIT", "false")
     server.main(["--check-config"])
+
+
+def test_redis_url_is_checked(library: Any) -> None:
+    """A URL that cannot be one stops the start, and is not repeated."""
+    for url in ("redis://:sk-fault@host:port", "redis://host:99999999"):
+        with pytest.raises(server.ConfigError, match=r"^rate_limit\.redis_url: must be redis://") as caught:
+            SharedLimiter(url, 1)
+        assert "sk-fault" not in str(caught.value)
 
 
 # == Slow callers ======================================================================================================
