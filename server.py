@@ -639,13 +639,14 @@ class SharedLimiter:
     """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
 
     One task has the connection. What is asked while a call is under way goes out together, as the next. A request
-    waits for the call under way and for its own, so for 50 ms at most; after a failure none waits until Redis is back.
+    waits for the call under way and for its own, so for 50 ms at most; nobody waits while an answer is overdue.
     """
 
-    PATIENCE = 0.025  # seconds for one call
+    TICK = 0.005  # seconds
+    PATIENCE = 5  # ticks for one call
     BATCH = 256  # at most so many are asked at once
+    OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
     PAUSE = 1.0  # seconds, from a failure to the next attempt
-    CONNECT = 1.0  # seconds; nobody waits for it
     QUIET = 60.0  # seconds between two lines in the log
 
     def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -696,7 +697,7 @@ class SharedLimiter:
     async def _run(self) -> None:
         while True:
             client = self._library.Redis.from_url(  # protocol 2: older servers know no other
-                self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.CONNECT
+                self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.OVERDUE
             )
             try:
                 await self._talk(client)
@@ -704,16 +705,20 @@ class SharedLimiter:
                 self._warn(fault)
             finally:
                 self._tried.set()
-                self.connected.clear()
-                for asked in self._under_way + self._asked:
-                    asked.settle(None)
-                self._under_way, self._asked = [], []
+                self._let_pass()
                 with contextlib.suppress(Exception):
                     await client.aclose()
             await asyncio.sleep(self.PAUSE)
 
+    def _let_pass(self) -> None:
+        """Whoever waits, and whoever comes until the next `connected`."""
+        self.connected.clear()
+        for asked in self._under_way + self._asked:
+            asked.settle(None)
+        self._asked = []
+
     async def _talk(self, client: Any) -> None:
-        async with asyncio.timeout(self.CONNECT):
+        async with asyncio.timeout(self.OVERDUE):
             script = await client.script_load(SHARED_WINDOWS)
         self.connected.set()
         self._tried.set()
@@ -726,11 +731,30 @@ class SharedLimiter:
             for asked in self._under_way:
                 keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
                 calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
-            answers = await patiently(calls.execute(), self.PATIENCE)
+            answers = await self._answered(calls.execute())
             for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
                 refused = SHARED_REFUSALS[code]
                 limit = self._rpm if refused == "global" else asked.rpm
                 asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
+
+    async def _answered(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+        """What Redis says. Ticks are longer where this process is too busy to read it: that is no fault of Redis."""
+        task = asyncio.ensure_future(call)
+        try:
+            for _ in range(self.PATIENCE):
+                await asyncio.wait({task}, timeout=self.TICK)
+                if task.done():
+                    return task.result()
+            self._let_pass()
+            await asyncio.wait({task}, timeout=self.OVERDUE)
+            if not task.done():
+                raise TimeoutError
+            self._warn(TimeoutError())
+            self.connected.set()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def _warn(self, fault: Exception) -> None:
         now = self._clock()
@@ -750,21 +774,6 @@ class Asked:
     def settle(self, verdict: Verdict | None) -> None:
         if not self.answer.done():  # its caller may have gone
             self.answer.set_result(verdict)
-
-
-async def patiently(call: Coroutine[Any, Any, T], seconds: float) -> T:
-    """The result of a call, or `TimeoutError`. An answer that is here by then, and only not read yet, counts."""
-    task = asyncio.ensure_future(call)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        for _ in range(10):
-            if task.done():
-                return task.result()
-            await asyncio.sleep(0)
-        raise TimeoutError
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 # == Web pages =========================================================================================================
@@ -1075,6 +1084,8 @@ class EventWriter:
 
 
 SPARE_FILES = 64  # open files that are no connections
+KEEP_ALIVE = 75.0  # seconds that a connection may be idle between two requests
+LINGER = 2.0  # seconds for which a body that is refused is read and thrown away, so that its sender sees the answer
 
 
 def raise_file_limit() -> None:
@@ -1196,7 +1207,8 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         times = self.app[GATEWAY].config.timeouts
         made = await super()._make_server()
-        return Listener(made, times, most=most_connections(), access_log=None, keepalive_timeout=75, lingering_time=2)
+        more: JSON = {"access_log": None, "keepalive_timeout": KEEP_ALIVE, "lingering_time": LINGER}
+        return Listener(made, times, most=most_connections(), **more)
 
 
 # == The endpoints =====================================================================================================
