@@ -676,14 +676,12 @@ async def test_answer_that_nobody_reads(serve: Serve, listen: Listen) -> None:
     """A JSON answer that is not read is given up after the write timeout, as a stream is."""
     url = await listen(canned(http_answer(json.dumps(BIG).encode()), []))
     gateway = await serve(providers={"openai": {"base_url": url}}, timeouts={"write": 0.1})
-    async with gateway.raw(post_bytes(body_of("openai"))) as (reader, writer), asyncio.timeout(8):
+    async with gateway.raw(post_bytes(body_of("openai"))) as (_, writer), asyncio.timeout(20):
         assert isinstance(writer.transport, asyncio.ReadTransport)
         writer.transport.pause_reading()
-        await gateway.gateway.idle.wait()
-        await asyncio.sleep(0.5)
-        writer.transport.resume_reading()
-        with contextlib.suppress(ConnectionError):
-            assert len(await reader.read()) < 12 << 20
+        while not writer.transport.is_closing():  # whoever writes notices a reset
+            writer.write(b"\r\n")  # which may stand before a next request
+            await asyncio.sleep(0.02)
 
 
 async def test_answer_that_is_read_slowly(serve: Serve, listen: Listen) -> None:
