@@ -7,7 +7,8 @@ Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` li
 providers.py beside it, pydantic and aiohttp; uvloop is used where it is installed.
 
 Contents (`grep -n '^# == '` lists the sections):
-    configuration · callers and their keys · logs · errors and responses · the endpoints · the app · main
+    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs
+    errors and responses · connections · the endpoints · the app · main
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -23,6 +25,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -31,13 +34,16 @@ import sys
 import time
 import tomllib
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING or not __package__:
     import providers
@@ -68,15 +74,37 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, frozen=True)
 
 
+def _form(pattern: str, says: str) -> AfterValidator:
+    """A string that must have a form, and what to say of one that has not."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("form", "must be {says}", {"says": says})
+        return value
+
+    return AfterValidator(check)
+
+
 class ServerSection(_Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     allow_open: bool = False
+    trusted_proxies: list[IPvAnyNetwork] = []
+
+
+RPM = Annotated[int, Field(ge=1, le=1_000_000_000)]  # requests a minute
+ModelPattern = Annotated[
+    str, _form(r"[A-Za-z0-9*][A-Za-z0-9._:@/+*-]{0,255}", "an alias, provider/model, or either with * in it")
+]
+Origin = Annotated[str, _form(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s,*@]+", "scheme://host[:port] in full, or *")]
+RedisURL = Annotated[str, _form(r"(rediss?|unix)://\S+", "redis://, rediss:// or unix://")]
 
 
 class KeyEntry(_Section):
     key: str = Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
+    rpm: RPM | None = None
+    models: Annotated[list[ModelPattern], Field(min_length=1)] | None = None
 
 
 class AuthSection(_Section):
@@ -97,6 +125,13 @@ class LimitsSection(_Section):
     max_tokens_default: Annotated[int, Field(ge=1)] = 4096
 
 
+class RateLimitSection(_Section):
+    enabled: bool = True
+    caller_rpm: RPM = 100_000
+    global_rpm: RPM = 1_000_000
+    redis_url: RedisURL | None = Field(default=None, repr=False)
+
+
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -105,6 +140,7 @@ class TimeoutsSection(_Section):
     first_byte: Seconds = 120
     idle: Seconds = 120
     total: Seconds = 600
+    head: Seconds = 15
     body: Seconds = 60
     write: Seconds = 60
     drain: Annotated[float, Field(ge=0, le=86_400)] = 30
@@ -112,6 +148,11 @@ class TimeoutsSection(_Section):
 
 class SSESection(_Section):
     ping_interval: Seconds = 15
+
+
+class CORSSection(_Section):
+    allowed_origins: list[Origin] = []
+    allow_credentials: bool = False
 
 
 class LogSection(_Section):
@@ -127,8 +168,10 @@ class Config(_Section):
     providers: dict[str, ProviderSection] = {}
     aliases: dict[str, str] = {}
     limits: LimitsSection = LimitsSection()
+    rate_limit: RateLimitSection = RateLimitSection()
     timeouts: TimeoutsSection = TimeoutsSection()
     sse: SSESection = SSESection()
+    cors: CORSSection = CORSSection()
     log: LogSection = LogSection()
 
 
@@ -140,18 +183,26 @@ class Option:
     env: str
     flag: str | None = None
     help: str = ""
+    many: bool = False  # in the environment a comma-separated list
 
 
 OPTIONS = (
     Option("server.host", "VAI_HOST", "--host", "address to listen on (127.0.0.1)"),
     Option("server.port", "VAI_PORT", "--port", "port to listen on (8080; 0 takes a free one)"),
     Option("server.allow_open", "VAI_ALLOW_OPEN", "--allow-open", "let --auth none listen beyond this machine"),
+    Option("server.trusted_proxies", "VAI_TRUSTED_PROXIES", many=True),
     Option("auth.mode", "VAI_AUTH_MODE", "--auth", "api_key, passthrough or none (api_key)"),
-    Option("auth.keys", "VAI_API_KEYS"),
+    Option("auth.keys", "VAI_API_KEYS", many=True),
     Option("limits.max_body_bytes", "VAI_MAX_BODY_BYTES"),
     Option("limits.max_tokens_default", "VAI_MAX_TOKENS_DEFAULT"),
+    Option("rate_limit.enabled", "VAI_RATE_LIMIT"),
+    Option("rate_limit.caller_rpm", "VAI_CALLER_RPM"),
+    Option("rate_limit.global_rpm", "VAI_GLOBAL_RPM"),
+    Option("rate_limit.redis_url", "VAI_REDIS_URL"),
     *(Option(f"timeouts.{name}", f"VAI_TIMEOUT_{name.upper()}") for name in TimeoutsSection.model_fields),
     Option("sse.ping_interval", "VAI_PING_INTERVAL"),
+    Option("cors.allowed_origins", "VAI_CORS_ORIGINS", many=True),
+    Option("cors.allow_credentials", "VAI_CORS_CREDENTIALS"),
     Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
     Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
 )
@@ -179,7 +230,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
     for option in OPTIONS:
         for source, value in ((option.env, environ.get(option.env)), (option.flag, flags.get(option.path))):
             if source and value is not None:
-                _place(tree, option.path, _parsed(option.path, _clean(value, source)))
+                _place(tree, option.path, _parsed(option, _clean(value, source)))
                 sources[option.path] = source
     try:
         config = Config.model_validate(tree)
@@ -226,12 +277,15 @@ def _clean(value: str, where: str) -> str:
     return value
 
 
-def _parsed(path: str, value: str) -> Any:
-    """`auth.keys` from the environment: `key` or `name=key`, comma-separated."""
-    if path != "auth.keys":
+def _parsed(option: Option, value: str) -> Any:
+    """A list from the environment is comma-separated; of `auth.keys` an item is `key` or `name=key`."""
+    if not option.many:
         return value
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    if option.path != "auth.keys":
+        return items
     keys = []
-    for number, item in enumerate((item.strip() for item in value.split(",") if item.strip()), 1):
+    for number, item in enumerate(items, 1):
         named = re.fullmatch(r"([A-Za-z0-9._-]{1,64})=(?!=*$)(.+)", item)  # not the padding of a base64 key
         keys.append({"name": named[1], "key": named[2]} if named else {"name": f"key{number}", "key": item})
     return keys
@@ -266,6 +320,9 @@ def _check_config(config: Config, sources: Mapping[str, str]) -> None:
     names = [entry.name for entry in config.auth.keys]
     if len({entry.key for entry in config.auth.keys}) < len(names) or len(set(names)) < len(names):
         raise ConfigError(f"{sources.get('auth.keys', source)}: auth.keys: keys and names must be unique")
+    if "*" in config.cors.allowed_origins and config.cors.allow_credentials:
+        place = sources.get("cors.allow_credentials") or sources.get("cors.allowed_origins") or source
+        raise ConfigError(f"{place}: cors.allow_credentials: not with any origin ('*'): name the origins")
     if config.auth.mode == "none" and not is_loopback(config.server.host) and not config.server.allow_open:
         raise ConfigError(
             f"auth.mode none on {config.server.host} would let anyone in who reaches the port: "
@@ -289,42 +346,104 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: the name goes into logs; `key` is what was presented, for passthrough."""
+    """Who calls: the name goes into logs; `key` is what was presented, for passthrough.
+
+    `account` is whose requests are counted together, `rpm` and `models` what the configured key may do.
+    """
 
     name: str
     key: str | None = field(default=None, repr=False)
+    account: str = ""
+    rpm: int | None = None
+    models: Sequence[str] | None = None
+
+    def check_model(self, *names: str) -> None:
+        """Raise unless one of these names of the model that was asked for, alias or provider/model, is on the list."""
+        if self.models is not None and not any(fnmatch.fnmatchcase(n, one) for n in names for one in self.models):
+            raise providers.PermissionDeniedError(
+                f"this key may not use {names[0]}", param="model", code="model_not_allowed"
+            )
+
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@functools.lru_cache(4096)
+def ip_address(text: str) -> IPAddress | None:
+    """An address as sockets and proxies write it: some add a port."""
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+)(?::\d+)?|([0-9A-Fa-f:.]+)(?:%.*)?", text)
+    if not found:
+        return None
+    try:
+        address = ipaddress.ip_address(next(filter(None, found.groups())))
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(4096)
+def account_of(text: str) -> str:
+    """Of IPv6 the first 64 bits: whoever has one such address has them all (RFC 6177)."""
+    address = ip_address(text)
+    if address is None:
+        return "ip:unknown"
+    if isinstance(address, ipaddress.IPv6Address):
+        return f"ip:{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
+    return f"ip:{address}"
 
 
 class Callers:
     """Who may call. A key is looked up by its digest and compared in constant time; none is kept readable."""
 
-    def __init__(self, config: AuthSection, *, loopback: bool) -> None:
+    def __init__(self, config: AuthSection, *, loopback: bool, proxies: Sequence[IPNetwork] = ()) -> None:
         self.mode = config.mode
+        self.proxies = proxies
         self.made: str | None = None
         entries = list(config.keys)
         if self.mode == "api_key" and not entries:
             self.made = f"vai_sk_{secrets.token_urlsafe(32)}"
             entries = [KeyEntry(key=self.made, name="default")]
-        self._names = {hashlib.sha256(entry.key.encode()).digest(): entry.name for entry in entries}
+        self._known = {
+            hashlib.sha256(entry.key.encode()).digest(): Caller(
+                entry.name, account=f"key:{entry.name}", rpm=entry.rpm, models=entry.models
+            )
+            for entry in entries
+        }
         self._loopback_only = self.mode == "none" and loopback
+
+    def check_host(self, request: web.Request) -> None:
+        """An open gateway on loopback answers to this machine's names: a page whose name was rebound has another."""
+        host = request.headers.get("Host", "")
+        if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
+            raise providers.PermissionDeniedError("this gateway answers to this machine's own names only", code="host")
 
     def identify(self, request: web.Request) -> Caller:
         """The caller, or an error: there is no way past this but through it."""
         if self.mode == "none":
-            host = request.headers.get("Host", "")
-            if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
-                raise providers.PermissionDeniedError(
-                    "this gateway answers to this machine's own names only", code="host"
-                )
-            return Caller("anyone")
+            return Caller("anyone", account=self.address(request))
         key = presented_key(request)
         if self.mode == "passthrough" and key:
-            return Caller("passthrough", key)
+            return Caller("passthrough", key, account=self.address(request))
         digest = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
-        name = next((name for known, name in self._names.items() if hmac.compare_digest(known, digest)), None)
-        if not key or name is None:  # one answer, whatever is wrong
+        caller = next((one for known, one in self._known.items() if hmac.compare_digest(known, digest)), None)
+        if not key or caller is None:  # one answer, whatever is wrong
             raise providers.AuthenticationError("no valid API key: send X-API-Key: KEY, or Authorization: Bearer KEY")
-        return Caller(name)
+        return caller
+
+    def address(self, request: web.Request) -> str:
+        """Where a request comes from, as an account: what trusted proxies have forwarded goes by its sender."""
+        peer = request.remote or ""
+        address = ip_address(peer) if self.proxies else None
+        if address:
+            hops = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
+            while hops and any(address in network for network in self.proxies):
+                hop = ip_address(hops.pop().strip()[:64])
+                if hop is None:
+                    break  # what is further left was not written by anyone we trust
+                address = hop
+            return account_of(str(address))
+        return account_of(peer)
 
 
 def presented_key(request: web.Request) -> providers.Secret | None:
@@ -346,6 +465,358 @@ def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageReques
     if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
         keys |= vai.byok({byok[0]: caller.key})
     return keys
+
+
+# == Rate limits =======================================================================================================
+
+MINUTE = 60.0  # seconds
+FAILURES_RPM = 1000  # requests without a valid key, from one address
+MOST_ACCOUNTS = 1 << 16  # beyond these the one that was quiet for longest is forgotten
+
+Refusal = Literal["", "caller", "global", "failures"]
+REFUSALS = {"caller": "of one caller", "global": "of all callers together", "failures": "without a valid key"}
+
+
+class Verdict(NamedTuple):
+    """What became of a request: which limit refused it, if any, or else how its caller stands."""
+
+    refused: Refusal
+    limit: int  # requests a minute
+    remaining: int
+    reset: int  # whole seconds until more remain
+
+    def headers(self) -> dict[str, str]:
+        """As OpenAI names them; the reset is in seconds, and after a 429 it is what `Retry-After` says."""
+        return {
+            "X-RateLimit-Limit-Requests": str(self.limit),
+            "X-RateLimit-Remaining-Requests": str(self.remaining),
+            "X-RateLimit-Reset-Requests": str(self.reset),
+        }
+
+    def error(self) -> Error:
+        message = f"over {self.limit} requests a minute {REFUSALS[self.refused]}; more in {self.reset} s"
+        return providers.RateLimitError(message, code=f"{self.refused}_rpm", retry_after=self.reset)
+
+
+class Window:
+    """What was admitted in the last minute: of each second the moment of its last request, and how many there were.
+
+    A second's requests are forgotten together, a minute after the last of them: no 60 seconds, wherever they begin,
+    hold more than was admitted, and a window has 61 entries at most, whatever the limit.
+    """
+
+    __slots__ = ("marks", "total")
+
+    def __init__(self) -> None:
+        self.marks = array("d")  # moment, count, moment, count …
+        self.total = 0
+
+    def forget(self, now: float) -> None:
+        while self.marks and self.marks[0] + MINUTE <= now:
+            self.total -= int(self.marks[1])
+            del self.marks[:2]
+
+    def add(self, now: float) -> None:
+        if self.marks and int(self.marks[-2]) == int(now):
+            self.marks[-2] = now
+            self.marks[-1] += 1
+        else:
+            self.marks.extend((now, 1))
+        self.total += 1
+
+    def verdict(self, refused: Refusal, limit: int, now: float) -> Verdict:
+        wait = self.marks[0] + MINUTE - now if self.marks else 0
+        return Verdict(refused, limit, max(limit - self.total, 0), whole_seconds(wait))
+
+
+def whole_seconds(wait: float) -> int:
+    """What a client is told to wait: at least a second."""
+    return min(max(math.ceil(wait), 1), int(MINUTE))
+
+
+class Limiter:
+    """A window for each account and one for all. Time arrives with every call, from a clock that is never set back."""
+
+    def __init__(self, rpm: int = 1 << 62, *, most: int = MOST_ACCOUNTS) -> None:
+        self._rpm = rpm
+        self._all = Window()
+        self._windows: OrderedDict[str, Window] = OrderedDict()  # the quietest first
+        self._most = most
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def admit(self, account: str, rpm: int, now: float) -> Verdict:
+        """Count a request if both windows have room for it. What is refused counts for nothing."""
+        window = self._windows.get(account)
+        if window is None:
+            window = self._windows[account] = Window()
+            if len(self._windows) > self._most:
+                self._windows.popitem(last=False)
+        else:
+            self._windows.move_to_end(account)
+            window.forget(now)
+        self._all.forget(now)
+        if window.total >= rpm:
+            return window.verdict("caller", rpm, now)
+        if self._all.total >= self._rpm:
+            return self._all.verdict("global", self._rpm, now)
+        window.add(now)
+        self._all.add(now)
+        return window.verdict("", rpm, now)
+
+
+class RateLimits:
+    """The limits of a gateway: its own, or shared with others through Redis."""
+
+    def __init__(self, config: RateLimitSection, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._own = Limiter(config.global_rpm)
+        self._failures = Limiter()
+        shared = config.enabled and config.redis_url
+        self.shared = SharedLimiter(shared, config.global_rpm, clock) if shared else None
+
+    async def admit(self, caller: Caller) -> Verdict | None:
+        """Count a request. None where nothing counts: limits are off, or Redis does not answer."""
+        if not self._config.enabled:
+            return None
+        rpm = caller.rpm or self._config.caller_rpm
+        if self.shared:
+            return await self.shared.admit(caller.account, rpm)
+        return self._own.admit(caller.account, rpm, self._clock())
+
+    def fail(self, address: str) -> Verdict | None:
+        """Count a request without a valid key, by where it comes from: None if there may be more of them.
+
+        Whoever has a valid key is never held up by others who have none, behind one address with it.
+        """
+        if not self._config.enabled:
+            return None
+        verdict = self._failures.admit(address, min(FAILURES_RPM, self._config.caller_rpm), self._clock())
+        return verdict._replace(refused="failures") if verdict.refused else None
+
+
+# == Rate limits in Redis ==============================================================================================
+
+# The same windows: KEYS are one account's and everybody's, ARGV their limits. Redis' clock is the one that all share.
+SHARED_WINDOWS = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local windows, refused = {}, 0
+for i, key in ipairs(KEYS) do
+  local raw = redis.call('GET', key)
+  local marks, kept, total = raw and cmsgpack.unpack(raw) or {}, {}, 0
+  for j = 1, #marks, 2 do
+    if marks[j] + 60 > now and marks[j] <= now + 1 then  -- a later one is from before the clock was set back
+      kept[#kept + 1], kept[#kept + 2] = math.min(marks[j], now), marks[j + 1]
+      total = total + marks[j + 1]
+    end
+  end
+  windows[i] = {kept, total}
+  if total >= tonumber(ARGV[i]) and refused == 0 then refused = i end
+end
+if refused == 0 then
+  for i, key in ipairs(KEYS) do
+    local marks = windows[i][1]
+    if #marks > 0 and math.floor(marks[#marks - 1]) == math.floor(now) then
+      marks[#marks - 1], marks[#marks] = now, marks[#marks] + 1
+    else
+      marks[#marks + 1], marks[#marks + 2] = now, 1
+    end
+    windows[i][2] = windows[i][2] + 1
+    redis.call('SET', key, cmsgpack.pack(marks), 'PX', 60000)
+  end
+end
+local told = math.max(refused, 1)
+local first = windows[told][1][1] or now
+return {refused, windows[told][2], math.ceil((first + 60 - now) * 1000)}
+"""
+SHARED_REFUSALS: dict[int, Refusal] = {0: "", 1: "caller", 2: "global"}
+
+
+class SharedLimiter:
+    """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
+
+    One task has the connection. What is asked while a call is under way goes out together, as the next. A request
+    waits for the call under way and for its own, so for 50 ms at most; nobody waits while an answer is overdue.
+    """
+
+    TICK = 0.005  # seconds
+    PATIENCE = 5  # ticks for one call
+    BATCH = 256  # at most so many are asked at once
+    OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
+    PAUSE = 1.0  # seconds, from a failure to the next attempt
+    QUIET = 60.0  # seconds between two lines in the log
+
+    def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
+        try:
+            from redis import asyncio as library
+        except ImportError:
+            raise ConfigError("rate_limit.redis_url: redis is missing: pip install 'vai[redis]'") from None
+        try:
+            library.ConnectionPool.from_url(url)
+        except ValueError:
+            raise ConfigError("rate_limit.redis_url: must be redis://[:password@]host[:port][/db]") from None
+        self._library: Any = library
+        self._url = url
+        self._rpm = rpm
+        self._clock = clock
+        self._warned: float | None = None
+        self._wanted = asyncio.Event()
+        self._asked: list[Asked] = []
+        self._under_way: list[Asked] = []
+        self._task: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()  # to connect, with or without success
+        self.connected = asyncio.Event()
+        self.passed = 0  # requests that went uncounted
+
+    async def start(self, patience: float = 0.25) -> None:
+        """Try to connect; if that takes longer, it goes on while the first requests pass."""
+        self._task = asyncio.create_task(self._run())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._tried.wait(), patience)
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def admit(self, account: str, rpm: int) -> Verdict | None:
+        """As `Limiter.admit`; None where Redis does not answer."""
+        verdict = None
+        if self.connected.is_set():
+            asked = Asked(account, rpm, asyncio.get_running_loop().create_future())
+            self._asked.append(asked)
+            self._wanted.set()
+            verdict = await asked.answer
+        if verdict is None:
+            self.passed += 1
+        return verdict
+
+    async def _run(self) -> None:
+        while True:
+            client = self._library.Redis.from_url(  # protocol 2: older servers know no other
+                self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.OVERDUE
+            )
+            try:
+                await self._talk(client)
+            except Exception as fault:  # whatever it is, no request may suffer from it
+                self._warn(fault)
+            finally:
+                self._tried.set()
+                self._let_pass()
+                with contextlib.suppress(Exception):
+                    await client.aclose()
+            await asyncio.sleep(self.PAUSE)
+
+    def _let_pass(self) -> None:
+        """Whoever waits, and whoever comes until the next `connected`."""
+        self.connected.clear()
+        for asked in self._under_way + self._asked:
+            asked.settle(None)
+        self._asked = []
+
+    async def _talk(self, client: Any) -> None:
+        async with asyncio.timeout(self.OVERDUE):
+            script = await client.script_load(SHARED_WINDOWS)
+        self.connected.set()
+        self._tried.set()
+        while True:
+            if not self._asked:
+                self._wanted.clear()
+                await self._wanted.wait()
+            self._under_way, self._asked = self._asked[: self.BATCH], self._asked[self.BATCH :]
+            calls = client.pipeline(transaction=False)
+            for asked in self._under_way:
+                keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
+                calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
+            answers = await self._answered(calls.execute())
+            for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
+                refused = SHARED_REFUSALS[code]
+                limit = self._rpm if refused == "global" else asked.rpm
+                asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
+
+    async def _answered(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+        """What Redis says. Ticks are longer where this process is too busy to read it: that is no fault of Redis."""
+        task = asyncio.ensure_future(call)
+        try:
+            for _ in range(self.PATIENCE):
+                await asyncio.wait({task}, timeout=self.TICK)
+                if task.done():
+                    return task.result()
+            self._let_pass()
+            await asyncio.wait({task}, timeout=self.OVERDUE)
+            if not task.done():
+                raise TimeoutError
+            self._warn(TimeoutError())
+            self.connected.set()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _warn(self, fault: Exception) -> None:
+        now = self._clock()
+        if self._warned is None or now - self._warned >= self.QUIET:
+            self._warned = now
+            logger.warning("Redis fails (%s): rate limits are not shared, requests pass", type(fault).__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """A question to Redis."""
+
+    account: str
+    rpm: int
+    answer: asyncio.Future[Verdict | None]
+
+    def settle(self, verdict: Verdict | None) -> None:
+        if not self.answer.done():  # its caller may have gone
+            self.answer.set_result(verdict)
+
+
+# == Web pages =========================================================================================================
+
+EXPOSED = (
+    *("X-Request-ID", "request-id", "X-Model", "X-Input-Tokens", "X-Output-Tokens", "X-Duration-Ms", "X-Vai-Dropped"),
+    *("Retry-After", *Verdict("", 0, 0, 0).headers()),
+)
+
+
+class CORS:
+    """Which web pages may read our answers: those of a configured origin, to the letter (Fetch standard, 3.2)."""
+
+    def __init__(self, config: CORSSection) -> None:
+        self._origins = frozenset(config.allowed_origins)
+        self._credentials = config.allow_credentials
+
+    def allows(self, origin: str | None) -> bool:
+        return origin is not None and ("*" in self._origins or origin in self._origins)
+
+    def headers(self, request: web.Request) -> dict[str, str]:
+        """Of any answer, errors included: a browser hides what lacks them."""
+        headers, origin = {"Vary": "Origin"}, request.headers.get("Origin")
+        if origin is not None and self.allows(origin):
+            headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
+            headers["Access-Control-Expose-Headers"] = ", ".join(EXPOSED)
+            if self._credentials:
+                headers["Access-Control-Allow-Credentials"] = "true"
+        return headers
+
+    def preflight(self, request: web.Request) -> web.Response | None:
+        """The answer to a browser that asks before it sends. Any header may be sent: what counts is the key."""
+        asked = request.headers.get("Access-Control-Request-Method")
+        origin = request.headers.get("Origin")
+        if not self._origins or request.method != "OPTIONS" or asked is None or origin is None:
+            return None
+        headers = {}
+        if self.allows(origin):
+            headers = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            if re.fullmatch(r"[A-Za-z0-9_, -]{1,4096}", wanted):
+                headers["Access-Control-Allow-Headers"] = wanted
+        return web.Response(status=204, headers=headers)
 
 
 # == Logs ==============================================================================================================
@@ -430,7 +901,7 @@ class Exchange:
     def milliseconds(self) -> int:
         return int((time.monotonic() - self.begun) * 1000)
 
-    def fields(self, request: web.Request, status: int) -> JSON:
+    def fields(self, request: web.BaseRequest, status: int) -> JSON:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
         out |= {"status": status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
@@ -441,6 +912,11 @@ class Exchange:
 
 
 EXCHANGE = web.RequestKey("exchange", Exchange)
+VERDICT = web.RequestKey("verdict", Verdict)
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
 
 
 # == Errors and responses ==============================================================================================
@@ -517,6 +993,8 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
         slow.status = 408
         raise slow from None
+    except web.RequestPayloadError:
+        raise InvalidRequestError("the body is malformed: its length or its chunks", code="malformed_body") from None
     raw = b"".join(parts)
     try:
         body = await off_loop(size, read_keys, raw, limits)
@@ -563,10 +1041,9 @@ def _hidden(value: Any) -> Any:
 class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
-    def __init__(self, request: web.Request, ping_interval: float, write_timeout: float) -> None:
+    def __init__(self, request: web.Request, ping_interval: float) -> None:
         self._request = request
         self._interval = ping_interval
-        self._timeout = write_timeout
         self._lock = asyncio.Lock()  # between the answer and the pings
         self._last = time.monotonic()
         self.response: web.StreamResponse | None = None
@@ -581,13 +1058,7 @@ class EventWriter:
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await self.response.write(frames)
-            except TimeoutError:
-                if self._request.transport:
-                    self._request.transport.abort()
-                raise ConnectionResetError("the caller does not read") from None
+            await self.response.write(frames)
             self.sent += len(frames)
             self._last = time.monotonic()
 
@@ -609,6 +1080,137 @@ class EventWriter:
             await self.response.write_eof()
 
 
+# == Connections =======================================================================================================
+
+
+SPARE_FILES = 64  # open files that are no connections
+KEEP_ALIVE = 75.0  # seconds that a connection may be idle between two requests
+LINGER = 2.0  # seconds for which a body that is refused is read and thrown away, so that its sender sees the answer
+
+
+def raise_file_limit() -> None:
+    """Take all the open files that this process may have; many systems start with 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # ImportError: Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many callers may be connected, so that each can have a connection to a provider."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 15
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 15 if soft == resource.RLIM_INFINITY else max((soft - SPARE_FILES) // 2, 16)
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, with what that lacks: deadlines for heads and for readers, envelopes for what is no HTTP.
+
+    Attributes that begin with `_` and are not in these slots are aiohttp's own.
+    """
+
+    __slots__ = ("_head_timer", "_link", "_most", "_read_timer", "_times")
+
+    def __init__(self, manager: web.Server, *, times: TimeoutsSection, most: int, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._times = times
+        self._most = most
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._link: asyncio.Transport | None = None  # also after a close, while there is something to write
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._link = self.transport
+        if self._manager and len(self._manager._connections) > self._most and self._link:
+            self._link.abort()
+            return
+        self._head_timer = self._loop.call_later(self._times.head, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        for timer in (self._head_timer, self._read_timer):
+            if timer:
+                timer.cancel()
+        self._link = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        if self._request_count > before:
+            if self._head_timer:
+                self._head_timer.cancel()
+                self._head_timer = None
+            if self._current_request and not self._current_request.content.is_eof():
+                # What came is no request but the parser's complaint of this one's body, whose reader it does not tell.
+                self._current_request.content.set_exception(web.RequestPayloadError())
+        elif data and self._head_timer is None and self._waiter and not self._waiter.done():  # a part of the next head
+            self._head_timer = self._loop.call_later(self._times.head, self.force_close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._read_timer:
+            self._read_timer.cancel()
+
+    def _watch_reader(self, before: int | None = None) -> None:
+        """Called when there is too much to write, and as long as there is: did the caller read any of it?"""
+        if self._link is None:
+            return
+        left = self._link.get_write_buffer_size()
+        if before is not None and left >= before:
+            self._link.abort()
+        else:
+            self._read_timer = self._loop.call_later(self._times.write, self._watch_reader, left)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        refused = status == 400
+        fault = InvalidRequestError("the request is malformed") if refused else error_of(exc or Exception(), "")
+        exchange = Exchange(new_request_id(), error=fault)
+        token = request_id.set(exchange.id)
+        try:
+            response = error_response(fault)
+            access.info("request", extra={"fields": exchange.fields(request, fault.status)})
+        finally:
+            request_id.reset(token)
+        response.headers.update({"Server": "vai", "X-Request-ID": exchange.id, "request-id": exchange.id})
+        response.force_close()
+        return response
+
+
+class Listener(web.Server):
+    """Makes a `Connection` of each connection."""
+
+    def __init__(self, made: web.Server, times: TimeoutsSection, **options: Any) -> None:
+        super().__init__(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
+        self._options = {"times": times, **options}
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._options)
+
+
+class Runner(web.AppRunner):
+    """Runs a gateway's app as it must be run: also for gunicorn, which takes a runner for an app."""
+
+    async def _make_server(self) -> web.Server:
+        times = self.app[GATEWAY].config.timeouts
+        made = await super()._make_server()
+        more: JSON = {"access_log": None, "keepalive_timeout": KEEP_ALIVE, "lingering_time": LINGER}
+        return Listener(made, times, most=most_connections(), **more)
+
+
 # == The endpoints =====================================================================================================
 
 
@@ -618,7 +1220,10 @@ class Gateway:
     def __init__(self, config: Config, engine: vai.Direct) -> None:
         self.config = config
         self.engine = engine
-        self.callers = Callers(config.auth, loopback=is_loopback(config.server.host))
+        proxies = config.server.trusted_proxies
+        self.callers = Callers(config.auth, loopback=is_loopback(config.server.host), proxies=proxies)
+        self.rates = RateLimits(config.rate_limit)
+        self.cors = CORS(config.cors)
         self.started = time.monotonic()
         self.draining = False
         self.expired = False  # the grace of the shutdown is over
@@ -626,17 +1231,34 @@ class Gateway:
         self.idle = asyncio.Event()
         self.idle.set()
 
+    async def admit(self, request: web.Request) -> Caller:
+        """Who calls, if they may and have not called too often."""
+        try:
+            caller = self.callers.identify(request)
+        except providers.AuthenticationError:
+            verdict = self.rates.fail(self.callers.address(request))
+            if verdict is None:
+                raise
+        else:
+            request[EXCHANGE].caller = caller.name
+            verdict = await self.rates.admit(caller)
+        if verdict:
+            request[VERDICT] = verdict
+            if verdict.refused:
+                raise verdict.error() from None
+        return caller
+
     # -- POST /v1/messages ------------------------------------------------------------------------------------------
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
-        caller = self.callers.identify(request)
+        caller = await self.admit(request)
         exchange = request[EXCHANGE]
-        exchange.caller = caller.name
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
         headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model = asked.provider, asked.model_name
+        caller.check_model(body["model"], f"{asked.provider}/{asked.model_name}")
         keys = provider_keys(request, caller, asked)
         return await (self._stream if asked.stream else self._create)(request, asked, keys)
 
@@ -662,7 +1284,7 @@ class Gateway:
     async def _stream(
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
     ) -> web.StreamResponse:
-        out = EventWriter(request, self.config.sse.ping_interval, self.config.timeouts.write)
+        out = EventWriter(request, self.config.sse.ping_interval)
         pinger = asyncio.create_task(out.keep_alive())
         try:
             await self._copy(request, asked, keys, out)
@@ -711,7 +1333,7 @@ class Gateway:
     # -- the rest ---------------------------------------------------------------------------------------------------
 
     async def models(self, request: web.Request) -> web.Response:
-        self.callers.identify(request)
+        await self.admit(request)
         provider, capability = request.query.get("provider"), request.query.get("capability")
         listed = await self.engine.models()
         rows = [row.model_dump() for row in listed.providers if provider in (None, row.id)]
@@ -735,7 +1357,7 @@ class Gateway:
     async def observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, the log line, and any exception as an envelope."""
         given = request.headers.get("X-Request-ID", "")
-        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(12)}"
+        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
         token = request_id.set(id)
         exchange = request[EXCHANGE] = Exchange(id)
         status = 499  # what the log says of a caller that went away
@@ -752,6 +1374,9 @@ class Gateway:
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         allowed = ""
         try:
+            self.callers.check_host(request)
+            if preflight := self.cors.preflight(request):
+                return preflight
             if self.draining and request.path.startswith("/v1/"):
                 raise self._shutdown_error()
             return await self._counted(request, handler)
@@ -769,7 +1394,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "draining" or fault.status in (408, 413):
+        if fault.code in ("draining", "malformed_body") or fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -789,6 +1414,10 @@ class Gateway:
     async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every response; `request-id` is where Anthropic's SDKs look."""
         response.headers["Server"] = "vai"
+        if self.config.cors.allowed_origins:
+            response.headers.update(self.cors.headers(request))
+        if VERDICT in request:
+            response.headers.update(request[VERDICT].headers())
         if EXCHANGE in request:
             response.headers["X-Request-ID"] = response.headers["request-id"] = request[EXCHANGE].id
 
@@ -844,9 +1473,16 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.router.add_get("/health", gateway.health)
     app.on_response_prepare.append(gateway.mark)
 
+    async def startup(app: web.Application) -> None:
+        if gateway.rates.shared:
+            await gateway.rates.shared.start()
+
     async def cleanup(app: web.Application) -> None:
+        if gateway.rates.shared:
+            await gateway.rates.shared.close()
         await engine.close()
 
+    app.on_startup.append(startup)
     app.on_cleanup.append(cleanup)
     return app
 
@@ -866,11 +1502,12 @@ def warm_up(engine: vai.Direct) -> None:
 
 async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:
     """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
+    raise_file_limit()
     engine = make_engine(config, environ)
     warm_up(engine)
     app = make_app(config, engine)
     gateway = app[GATEWAY]
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1, keepalive_timeout=75)
+    runner = Runner(app, shutdown_timeout=1)
     await runner.setup()
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -913,6 +1550,9 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
         lines.append("  sandbox    every provider is played on this machine; no key, no network, no bill")
     if config.aliases:
         lines.append(f"  aliases    {', '.join(config.aliases)}")
+    lines.append(f"  limits     {say_limits(config.rate_limit)}")
+    if config.cors.allowed_origins:
+        lines.append(f"  web pages  {', '.join(config.cors.allowed_origins)}")
     if config.auth.mode != "passthrough":
         key = gateway.callers.made or "YOUR_KEY"
         auth = f"-H 'x-api-key: {key}' " if config.auth.mode == "api_key" else ""
@@ -920,6 +1560,13 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
         lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
     print("\n".join(lines), flush=True)
+
+
+def say_limits(config: RateLimitSection) -> str:
+    if not config.enabled:
+        return "none"
+    shared = ", shared through Redis" if config.redis_url else ""
+    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{shared}"
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:
@@ -946,7 +1593,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(vars(options), os.environ)
         if options.check_config:
-            make_engine(config, os.environ)
+            make_app(config, make_engine(config, os.environ))
             print("the configuration is good")
             return
         configure_logs(config.log)

@@ -471,6 +471,8 @@ def gateway_environ(upstream: str, home: str) -> dict[str, str]:
         "VAI_OPENAI_BASE_URL": f"{upstream}/v1",
         "ANTHROPIC_API_KEY": "sk-benchmark-not-a-key",
         "OPENAI_API_KEY": "sk-benchmark-not-a-key",
+        "VAI_CALLER_RPM": "1000000000",  # counted as ever, and never reached
+        "VAI_GLOBAL_RPM": "1000000000",
     }
 
 
