@@ -1078,6 +1078,7 @@ def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
 # == The OpenAPI document ==============================================================================================
 
 SCHEMAS = "#/components/schemas/"
+EXAMPLE = {"model": "anthropic/claude-sonnet-5-5", "messages": [{"role": "user", "content": "Hello!"}]}
 KEY_HEADERS = [vai.byok_header(provider) for provider in PROVIDERS]
 HEADERS = {
     "X-Request-ID": "The caller's, or one of the gateway's own. Also as `request-id`.",
@@ -1125,14 +1126,18 @@ def openapi(config: Config) -> JSON:
         "summary": "Ask a model",
         "operationId": "createMessage",
         "parameters": [*inputs, _header("X-Request-ID", "Letters, digits and `._-`, at most 64."), _query("beta")],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("MessageRequest")}}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref("MessageRequest"), "example": EXAMPLE}},
+        },
         "responses": {
             "200": {
                 "description": "The answer; with `stream` as events, the last of which is `message_stop` or `error`.",
                 "headers": _headers("X-Request-ID", "X-Model", "X-Vai-Dropped"),
                 "content": {
                     "application/json": {"schema": _ref("Message")},
-                    "text/event-stream": {"schema": {"type": "string"}, "x-event-schema": _ref("StreamEvent")},
+                    # OpenAPI 3.1 has no word for the schema of an event's data.
+                    "text/event-stream": {"x-event-schema": _ref("StreamEvent")},
                 },
             },
             **_refusals(*REFUSALS),
@@ -1209,6 +1214,9 @@ def _schemas(limits: LimitsSection) -> JSON:
     asked["properties"]["model"] |= {"maxLength": 256, "examples": ["anthropic/claude-sonnet-5-5", "openai/gpt-4o"]}
     asked["properties"]["messages"]["maxItems"] = limits.max_messages
     asked["properties"]["tools"]["maxItems"] = limits.max_tools
+    for name, schema in asked["properties"].items():
+        if name not in asked["required"] and {"type": "null"} not in schema.get("anyOf", ()):
+            asked["properties"][name] = {"anyOf": [schema, {"type": "null"}]}  # null is as good as nothing
     message["description"] = "The answer."
     message["required"] = sorted(message["properties"])
     schemas["Usage"]["required"] = sorted(schemas["Usage"]["properties"])

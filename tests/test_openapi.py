@@ -108,7 +108,7 @@ async def test_the_document_knows_the_configuration(serve: Serve) -> None:
     """Limits and who may call are those of this gateway."""
     strict = await document_of(await serve(limits={"max_messages": 7, "max_tools": 3}, metrics={"require_key": True}))
     asked = strict.schemas["MessageRequest"]["properties"]
-    assert (asked["messages"]["maxItems"], asked["tools"]["maxItems"]) == (7, 3)
+    assert (asked["messages"]["maxItems"], asked["tools"]["anyOf"][0]["maxItems"]) == (7, 3)
     assert strict.raw["paths"]["/metrics"]["get"]["security"]
     open_to_all = await document_of(await serve(auth={"mode": "none"}))
     operations = [each for methods in open_to_all.raw["paths"].values() for each in methods.values()]
@@ -235,6 +235,15 @@ async def test_every_status_of_the_rest(gateway: Served, serve: Serve, sandbox: 
         if status != "default"
     }
     assert seen == listed
+
+
+async def test_null_is_as_good_as_nothing(gateway: Served) -> None:
+    """As the schema says, any field but the required ones may be null."""
+    document = await document_of(gateway)
+    fields = document.schemas["MessageRequest"]["properties"].keys() - {"model", "messages"}
+    body = body_of("openai", **dict.fromkeys(fields))
+    document.valid(document.schemas["MessageRequest"], body)
+    assert (await gateway.post(body)).status == 200
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/messages"), ("POST", "/health"), ("GET", "/v1/nope")])
