@@ -53,6 +53,8 @@ __all__ = [
     "APIError",
     "Accumulator",
     "Adapter",
+    "Aliases",
+    "Attempt",
     "AuthenticationError",
     "CitationsDelta",
     "ContentBlock",
@@ -281,6 +283,17 @@ class Error(Exception):
             return False
         return self.status in (408, 409, 429) or self.status >= 500 or self.code == "conflict"
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether the next model of an alias may answer where this one could not.
+
+        It may where nothing of an answer had come: after a 429, a 5xx, a timeout, a broken connection; and where the
+        request could not be sent, for want of a key or because this provider has no form for it.
+        """
+        if self.begun or isinstance(self, StreamTruncated):
+            return False
+        return self.status == 429 or self.status >= 500 or self.code in UNSENT_CODES
+
     def to_wire(self, request_id: str | None = None) -> JSON:
         """The error envelope: a JSON body, an SSE `error` event, a WebSocket message."""
         request_id = request_id or self.request_id
@@ -388,6 +401,7 @@ ERRORS: dict[str, type[Error]] = {
     )
 }
 TERMINAL_CODES = {"insufficient_quota", "billing", "QUOTA_EXHAUSTED", "MODEL_CAPACITY_EXHAUSTED", "unsupported_feature"}
+UNSENT_CODES = {"no_provider_key", "unsupported_feature"}  # of requests that never went out
 
 # An upstream status, as the caller sees it. What is not here goes by its hundreds: 4xx are 400, 5xx are 502.
 STATUS_ERRORS: dict[int, type[Error]] = {
@@ -1045,6 +1059,24 @@ class MessageRequest(_Request):
         """Advisory fields that the provider does not take, filled by `encode`."""
         return []
 
+    @functools.cached_property
+    def fallbacks(self) -> list[MessageRequest]:
+        """The same request for the models that come after this one in its alias."""
+        return []
+
+    @functools.cached_property
+    def attempts(self) -> list[Attempt]:
+        """Which models were asked, in order, filled by the engine. A request and its fallbacks share the list."""
+        return []
+
+    def for_model(self, model: str) -> MessageRequest:
+        """The same request for another model, to be made before anything was dropped from this one."""
+        provider, name = split_model(model)
+        body = self.body | {"messages": [dict(message) for message in self.body["messages"]]}
+        twin = self.model_copy(update={"messages": [message.model_copy() for message in self.messages]})
+        twin.__dict__ |= {"body": body, "provider": provider, "model_name": name, "attempts": self.attempts}
+        return twin
+
     def drop(self, *fields: str) -> None:
         """Leave a field out, and say so. `signature` stands for all reasoning carried over from earlier turns."""
         self.dropped += [name for name in fields if name not in self.dropped]
@@ -1116,6 +1148,19 @@ class MessageRequest(_Request):
         return {call.id: call.name for call in calls}
 
 
+@dataclass(slots=True)
+class Attempt:
+    """One model that was asked: why it could not answer, and what was asked there once more.
+
+    `repeats` holds `connection` (there was none), `field` (an advisory one was refused), `token` (it had run out).
+    """
+
+    provider: str
+    model: str
+    fault: Error | None = None
+    repeats: list[str] = field(default_factory=list)
+
+
 def place_of(request: MessageRequest, wanted: Any) -> str | None:
     """Where a block stands in the request: `messages[2].content[0]`."""
     for i, message in enumerate(request.messages if wanted is not None else ()):
@@ -1134,10 +1179,30 @@ BUDGET_LEVELS = ((4_096, "low"), (12_288, "medium"), (math.inf, "high"))
 LEVEL_BUDGETS = {"minimal": 1_024, "low": 2_048, "medium": 8_192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
 
 
+Aliases: TypeAlias = Mapping[str, str | Sequence[str]]
+MAX_FALLBACKS = 16
+
+
+def alias_models(name: str, models: object) -> list[str]:
+    """The models of an alias, in the order in which they are tried. Raises `InvalidRequestError` for what is none."""
+    listed = [models] if isinstance(models, str) else models
+    param = f"aliases.{name}"
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(model, str) for model in listed):
+        raise InvalidRequestError("must be a model, or a list of models", param=param)
+    if len(listed) > MAX_FALLBACKS or len(set(listed)) < len(listed):
+        raise InvalidRequestError(f"must be at most {MAX_FALLBACKS} models, each of them once", param=param)
+    for model in listed:
+        try:
+            split_model(model)
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param=param) from None
+    return list(listed)
+
+
 def parse_request(
-    body: JSON, *, headers: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None
+    body: JSON, *, headers: Mapping[str, str] | None = None, aliases: Aliases | None = None
 ) -> MessageRequest:
-    """Check a request body and say what it means.
+    """Check a request body and say what it means. An alias of several models makes a request with `fallbacks`.
 
     Raises `InvalidRequestError` whose `param` is the place in the caller's own body: `messages[2].content[0].text`.
     """
@@ -1148,13 +1213,18 @@ def parse_request(
         raise _validation_error(fault, given) from None
     except RecursionError:
         raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
-    provider, name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
+    models = (aliases or {}).get(request.model, request.model)
+    first, others = (models, ()) if isinstance(models, str) else (models[0], models[1:])
+    provider, name = split_model(first, aliases or {})
     kept = {key: value for key, value in given.items() if key != "provider_keys"}
     kept["messages"] = [dict(message) for message in given["messages"]]
     request.__dict__ |= {"body": kept, "provider": provider, "model_name": name, "headers": dict(headers or {})}
+    request.__dict__["attempts"] = []
     _check_messages(request)
     _check_tools(request)
     _check_options(request)
+    if others:
+        request.__dict__["fallbacks"] = [request.for_model(model) for model in others]
     return request
 
 
@@ -4610,9 +4680,17 @@ class Transport:
             max_field_size=32 << 10,
         )
 
-    async def send(self, request: HTTPRequest, provider: str) -> Upstream:
+    async def send(
+        self,
+        request: HTTPRequest,
+        provider: str,
+        *,
+        deadline: float | None = None,
+        again: Callable[[], object] = lambda: None,
+    ) -> Upstream:
         """The answer's head; its body is still to be read. A connection that never stood is tried once more.
 
+        All has to be there by `deadline` (in the loop's time). `again` is called before the second try.
         Raises `ProviderTimeoutError`, or `ProviderError` with code `connection_failed`, `connection_broken`, `tls` or
         `redirect`.
         """
@@ -4622,9 +4700,11 @@ class Transport:
             raise RuntimeError("the client is closed")
         session = self._session()
         now = asyncio.get_running_loop().time()
+        if deadline is None:
+            deadline = now + self.timeouts.total
         for attempt in (1, 2):
             try:
-                async with asyncio.timeout_at(now + min(self.timeouts.first_byte, self.timeouts.total)):
+                async with asyncio.timeout_at(min(now + self.timeouts.first_byte, deadline)):
                     response = await session.request(
                         request.method,
                         _url(request.url),
@@ -4644,11 +4724,12 @@ class Transport:
                     raise ProviderError(
                         f"cannot connect to {provider}", provider=provider, code="connection_failed"
                     ) from None
+                again()
             except (aiohttp.ClientError, OSError, ValueError):
                 raise ProviderError(
                     f"{provider} broke the connection", provider=provider, code="connection_broken"
                 ) from None
-        upstream = Upstream(response, provider, self.timeouts.idle, now + self.timeouts.total)
+        upstream = Upstream(response, provider, self.timeouts.idle, deadline)
         if 300 <= response.status < 400:
             upstream.abort()
             raise ProviderError(

@@ -4,11 +4,12 @@
     python server.py --config vai.toml
 
 Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` lists them all. Needs vai.py and
-providers.py beside it, pydantic and aiohttp; uvloop is used where it is installed.
+providers.py beside it, pydantic and aiohttp; uvloop and prometheus-client are used where they are installed. For
+several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`.
 
 Contents (`grep -n '^# == '` lists the sections):
-    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs
-    errors and responses · connections · the endpoints · the app · main
+    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs · metrics
+    errors and responses · connections · the endpoints · the OpenAPI document · the app · main
 """
 
 from __future__ import annotations
@@ -39,10 +40,20 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 from aiohttp import web
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SkipValidation,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING or not __package__:
@@ -52,6 +63,8 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import providers, vai
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
+if TYPE_CHECKING:
+    from pydantic_core import core_schema
 
 __version__ = "0.1.0"
 if getattr(vai, "__version__", None) != __version__:
@@ -155,6 +168,11 @@ class CORSSection(_Section):
     allow_credentials: bool = False
 
 
+class MetricsSection(_Section):
+    enabled: bool = True
+    require_key: bool = False
+
+
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] | None = None
@@ -166,12 +184,13 @@ class Config(_Section):
     server: ServerSection = ServerSection()
     auth: AuthSection = AuthSection()
     providers: dict[str, ProviderSection] = {}
-    aliases: dict[str, str] = {}
+    aliases: dict[str, SkipValidation[str | list[str]]] = {}  # `providers.alias_models` says what is wrong
     limits: LimitsSection = LimitsSection()
     rate_limit: RateLimitSection = RateLimitSection()
     timeouts: TimeoutsSection = TimeoutsSection()
     sse: SSESection = SSESection()
     cors: CORSSection = CORSSection()
+    metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 
 
@@ -203,6 +222,8 @@ OPTIONS = (
     Option("sse.ping_interval", "VAI_PING_INTERVAL"),
     Option("cors.allowed_origins", "VAI_CORS_ORIGINS", many=True),
     Option("cors.allow_credentials", "VAI_CORS_CREDENTIALS"),
+    Option("metrics.enabled", "VAI_METRICS"),
+    Option("metrics.require_key", "VAI_METRICS_REQUIRE_KEY"),
     Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
     Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
 )
@@ -312,11 +333,14 @@ def _check_config(config: Config, sources: Mapping[str, str]) -> None:
     for name in config.providers:
         if name not in PROVIDERS:
             raise ConfigError(f"{source}: providers.{name}: unknown provider; known: {', '.join(PROVIDERS)}")
-    for name, model in config.aliases.items():
+    for name, models in config.aliases.items():
         try:
-            providers.split_model(model)
+            providers.alias_models(name, models)
         except Error as fault:
-            raise ConfigError(f"{source}: aliases.{name}: {fault.message}") from None
+            raise ConfigError(f"{source}: {fault.param}: {fault.message}") from None
+    if config.metrics.require_key and config.auth.mode != "api_key":
+        where = sources.get("metrics.require_key", source)
+        raise ConfigError(f"{where}: metrics.require_key: needs auth.mode api_key, the only one with keys of its own")
     names = [entry.name for entry in config.auth.keys]
     if len({entry.key for entry in config.auth.keys}) < len(names) or len(set(names)) < len(names):
         raise ConfigError(f"{sources.get('auth.keys', source)}: auth.keys: keys and names must be unique")
@@ -852,30 +876,54 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(JSONFormatter):
-    """The same for people."""
+    """The same for people; with `color` the status stands out on a terminal."""
+
+    def __init__(self, *, color: bool = False) -> None:
+        super().__init__()
+        self._color = color
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         line: JSON = json.loads(super().format(record))
         if record.name == access.name:
-            tokens = f" {line['input_tokens']}→{line['output_tokens']} tokens" if "output_tokens" in line else ""
-            model = f" {line['provider']}/{line['model']}" if line.get("model") else ""
-            path = json.dumps(line["path"])[1:-1]
-            why = f" {line.get('code') or line['error']}" if line.get("error") else ""
-            who = f" for {line['caller']}" if line.get("caller") else ""
-            what = f"{line['method']} {path}{model}{tokens}{why}{who}"
-            return f"{clock} {line['status']} {line['duration_ms']:>6} ms  {what}  {line.get('request_id', '')}"
+            return f"{clock}  {self._exchange(line)}"
         extra = "".join(f"\n    {place}" for place in line.get("stack", ()))
-        return f"{clock} {line['level'].upper()} {line['message']}{extra}"
+        return f"{clock}  {line['level'].upper()}  {line['message']}{extra}"
+
+    def _exchange(self, line: JSON) -> str:
+        """`200    1.2 s  POST /v1/messages  openai/gpt-4o  12 → 7 tokens  alice  req_…`"""
+        what = [f"{line['method']} {json.dumps(line['path'])[1:-1]}"]
+        if line.get("model"):
+            what.append(f"{line['provider']}/{line['model']}")
+        if line.get("fallbacks"):
+            what.append(f"after {', '.join(line['fallbacks'])}")
+        if "output_tokens" in line:
+            what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
+        what += [line.get("code") or line["error"]] if line.get("error") else []
+        what += [line["caller"]] if line.get("caller") else []
+        return "  ".join([self._status(line["status"]), _took(line["duration_ms"]), *what, line.get("request_id", "")])
+
+    def _status(self, status: int) -> str:
+        color = 32 if status < 400 else 33 if status < 500 else 31  # green, yellow, red
+        return f"\x1b[{color}m{status}\x1b[0m" if self._color else str(status)
 
 
-def configure_logs(config: LogSection) -> None:
-    """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out."""
+def _took(milliseconds: int) -> str:
+    return f"{milliseconds:>5} ms" if milliseconds < 1000 else f"{milliseconds / 1000:>5.1f} s "
+
+
+def configure_logs(config: LogSection, *, alone: bool = True) -> None:
+    """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out.
+
+    `alone` says that all log lines of this process are ours, so that records need hold no more than ours say.
+    """
     style = config.format or ("text" if sys.stderr.isatty() else "json")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
-    logging._srcfile = None  # nor the line of code (logging HOWTO, "Optimization")
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
+    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter(color=color))
+    if alone:  # no line says thread, process or line of code (logging HOWTO, "Optimization")
+        logging._srcfile = None
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -896,18 +944,33 @@ class Exchange:
     usage: vai.Usage | None = None
     error: Error | None = None
     sent: int | None = None
+    status: int = 499  # what the log says of a caller that went away
+    first_token: float | None = None  # seconds from the beginning
+    attempts: Sequence[providers.Attempt] = ()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
 
     @property
     def milliseconds(self) -> int:
-        return int((time.monotonic() - self.begun) * 1000)
+        return int(self.seconds * 1000)
 
-    def fields(self, request: web.BaseRequest, status: int) -> JSON:
+    def settle(self) -> None:
+        """Whose answer or error the caller got, where an alias had several to ask."""
+        if len(self.attempts) > 1:
+            told = next((one for one in self.attempts if one.fault is self.error), self.attempts[-1])
+            self.provider, self.model = told.provider, told.model
+
+    def fields(self, request: web.BaseRequest) -> JSON:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
-        out |= {"status": status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
+        out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
             out |= {"input_tokens": self.usage.input_tokens, "output_tokens": self.usage.output_tokens}
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
+        if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
+            out["fallbacks"] = failed
         return {key: value for key, value in (out | {"bytes": self.sent}).items() if value is not None}
 
 
@@ -917,6 +980,165 @@ VERDICT = web.RequestKey("verdict", Verdict)
 
 def new_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
+
+
+# == Metrics ===========================================================================================================
+# Label values come from closed sets, whatever callers send: provider ids, this app's routes, its own statuses and error
+# types. What is none of these is `other`.
+
+OTHER = "other"
+DURATIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """What the gateway does, counted once a request. This one counts nothing; `missing` says why."""
+
+    def __init__(self, missing: str = "") -> None:
+        self.missing = missing
+        self.streaming: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+    def request(self, endpoint: str, exchange: Exchange) -> None:
+        """A request has been answered, or its caller has gone."""
+
+    def rate_limited(self, scope: Refusal) -> None:
+        """A request was refused by this limit of ours."""
+
+    def limits_unshared(self) -> None:
+        """A request passed without the limits that several processes share: their store does not answer."""
+
+    def text(self) -> bytes:
+        """Prometheus' text format 0.0.4. Raises `NotFoundError` where nothing is counted."""
+        raise providers.NotFoundError(self.missing, code="no_metrics")
+
+
+class _Children(dict[tuple[Any, ...], T]):
+    """The children of a metric by label values; each is looked up in the metric once."""
+
+    def __init__(self, labels: Callable[..., T]) -> None:
+        self._labels = labels
+
+    def __missing__(self, values: tuple[Any, ...]) -> T:
+        child = self[values] = self._labels(*values)
+        return child
+
+
+class PrometheusMetrics(Metrics):
+    """Counts with prometheus-client; raises `ImportError` without it.
+
+    With PROMETHEUS_MULTIPROC_DIR in the environment, an empty folder that several processes share, each of them shows
+    the sums over all: https://prometheus.github.io/client_python/multiprocess/
+    """
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+        from prometheus_client import multiprocess
+
+        super().__init__()
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the series, and nothing told
+        self._render = prometheus.generate_latest
+        self._folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        registry = self._registry = prometheus.CollectorRegistry()
+
+        def counter(name: str, help: str, *labels: str) -> _Children[prometheus.Counter]:
+            return _Children(prometheus.Counter(f"vai_{name}", help, labels, registry=registry).labels)
+
+        def histogram(name: str, help: str, bounds: Sequence[float], *labels: str) -> _Children[prometheus.Histogram]:
+            return _Children(
+                prometheus.Histogram(f"vai_{name}", help, labels, buckets=bounds, registry=registry).labels
+            )
+
+        self._requests = counter("requests", "Requests answered.", "provider", "endpoint", "status")
+        self._durations = histogram(
+            "request_duration_seconds", "From the request to the end of the answer.", DURATIONS, "provider", "endpoint"
+        )
+        self._first_tokens = histogram(
+            "time_to_first_token_seconds", "From a streaming request to its first delta.", FIRST_TOKENS, "provider"
+        )
+        self._tokens = counter("tokens", "Tokens, as providers bill them.", "provider", "direction")
+        self._errors = counter("errors", "Errors told to callers.", "provider", "type")
+        self._retries = counter("upstream_retries", "Requests repeated at one provider.", "provider", "reason")
+        self._fallbacks = counter(
+            "fallbacks", "Next models of an alias that were asked.", "provider", "next_provider", "reason"
+        )
+        self._limits = counter("rate_limit_hits", "Requests over a limit of the gateway's.", "scope")
+        self._unshared = prometheus.Counter(
+            "vai_rate_limits_unshared",
+            "Requests that passed while the store of the limits was down.",
+            registry=registry,
+        )
+        streams = prometheus.Gauge(
+            "vai_streams_in_progress", "Streams in progress.", registry=registry, multiprocess_mode="livesum"
+        )
+        self.streaming = streams.track_inprogress()
+        if self._folder:
+            self._registry = prometheus.CollectorRegistry()
+            multiprocess.MultiProcessCollector(self._registry, self._folder)  # type: ignore[no-untyped-call]
+        else:
+            prometheus.ProcessCollector(registry=registry)
+
+    def request(self, endpoint: str, exchange: Exchange) -> None:
+        provider = exchange.provider or OTHER
+        self._requests[provider, endpoint, exchange.status].inc()
+        self._durations[provider, endpoint].observe(exchange.seconds)
+        if exchange.first_token is not None:
+            self._first_tokens[provider,].observe(exchange.first_token)
+        if usage := exchange.usage:
+            for direction, tokens in (
+                ("input", usage.input_tokens),
+                ("output", usage.output_tokens),
+                ("cache_read", usage.cache_read_input_tokens),
+                ("cache_write", usage.cache_creation_input_tokens),
+            ):
+                if tokens > 0:  # a counter takes no less, whatever a provider says
+                    self._tokens[provider, direction].inc(tokens)
+        if exchange.error:
+            self._errors[provider, exchange.error.type].inc()
+        for number, attempt in enumerate(exchange.attempts):
+            for reason in attempt.repeats:
+                self._retries[attempt.provider, reason].inc()
+            if number:
+                failed = exchange.attempts[number - 1]
+                reason = failed.fault.type if failed.fault else OTHER
+                self._fallbacks[failed.provider, attempt.provider, reason].inc()
+
+    def rate_limited(self, scope: Refusal) -> None:
+        self._limits[scope,].inc()
+
+    def limits_unshared(self) -> None:
+        self._unshared.inc()
+
+    def text(self) -> bytes:
+        if self._folder and os.name == "posix":
+            self._forget_the_dead(self._folder)
+        return self._render(self._registry)
+
+    @staticmethod
+    def _forget_the_dead(folder: str) -> None:
+        """The streams of a process that was killed are in progress no more."""
+        from prometheus_client import multiprocess
+
+        for path in Path(folder).glob("gauge_live*_*.db"):
+            pid = int(path.stem.rpartition("_")[2])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
+            except PermissionError:
+                continue
+
+
+def make_metrics(config: MetricsSection) -> Metrics:
+    """What counts, as far as it is wanted and installed. Raises `ConfigError` for a shared folder that is none."""
+    if not config.enabled:
+        return Metrics("metrics are switched off here (metrics.enabled)")
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ConfigError("PROMETHEUS_MULTIPROC_DIR: must be a folder that can be written to")
+    try:
+        return PrometheusMetrics()
+    except ImportError:
+        return Metrics("metrics need prometheus-client: pip install 'vai[metrics]'")
 
 
 # == Errors and responses ==============================================================================================
@@ -1178,11 +1400,11 @@ class Connection(web.RequestHandler):
             raise ConnectionError("the answer has begun")
         refused = status == 400
         fault = InvalidRequestError("the request is malformed") if refused else error_of(exc or Exception(), "")
-        exchange = Exchange(new_request_id(), error=fault)
+        exchange = Exchange(new_request_id(), error=fault, status=fault.status)
         token = request_id.set(exchange.id)
         try:
             response = error_response(fault)
-            access.info("request", extra={"fields": exchange.fields(request, fault.status)})
+            access.info("request", extra={"fields": exchange.fields(request)})
         finally:
             request_id.reset(token)
         response.headers.update({"Server": "vai", "X-Request-ID": exchange.id, "request-id": exchange.id})
@@ -1201,17 +1423,31 @@ class Listener(web.Server):
         return Connection(self, loop=self._loop, **self._options)
 
 
-class Runner(web.AppRunner):
-    """Runs a gateway's app as it must be run: also for gunicorn, which takes a runner for an app."""
-
-    async def _make_server(self) -> web.Server:
-        times = self.app[GATEWAY].config.timeouts
-        made = await super()._make_server()
-        more: JSON = {"access_log": None, "keepalive_timeout": KEEP_ALIVE, "lingering_time": LINGER}
-        return Listener(made, times, most=most_connections(), **more)
-
-
 # == The endpoints =====================================================================================================
+
+
+class Configured(BaseModel):
+    """Whether the gateway has a key of its own for a provider."""
+
+    configured: bool
+
+
+class LiveState(BaseModel):
+    """Live sessions: how many there are, and how many there may be."""
+
+    active: int = 0
+    limit: int = 0
+
+
+class Health(BaseModel):
+    """What `GET /health` says; without secrets, and without asking a provider."""
+
+    status: Literal["healthy", "draining"]
+    version: str
+    providers: dict[str, Configured]
+    voice: dict[str, Configured] = {"cartesia": Configured(configured=False)}
+    live: LiveState = LiveState()
+    uptime_seconds: int
 
 
 class Gateway:
@@ -1224,12 +1460,16 @@ class Gateway:
         self.callers = Callers(config.auth, loopback=is_loopback(config.server.host), proxies=proxies)
         self.rates = RateLimits(config.rate_limit)
         self.cors = CORS(config.cors)
+        self.metrics = make_metrics(config.metrics)
+        self.endpoints: frozenset[str] = frozenset()  # the paths of all routes
         self.started = time.monotonic()
+        self.retiring = False  # each connection gets one more answer
         self.draining = False
         self.expired = False  # the grace of the shutdown is over
         self.running: set[asyncio.Task[Any]] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self._openapi: bytes | None = None
 
     async def admit(self, request: web.Request) -> Caller:
         """Who calls, if they may and have not called too often."""
@@ -1242,9 +1482,12 @@ class Gateway:
         else:
             request[EXCHANGE].caller = caller.name
             verdict = await self.rates.admit(caller)
+            if verdict is None and self.rates.shared:
+                self.metrics.limits_unshared()
         if verdict:
             request[VERDICT] = verdict
             if verdict.refused:
+                self.metrics.rate_limited(verdict.refused)
                 raise verdict.error() from None
         return caller
 
@@ -1257,10 +1500,14 @@ class Gateway:
         self._check_counts(body)
         headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
-        exchange.provider, exchange.model = asked.provider, asked.model_name
-        caller.check_model(body["model"], f"{asked.provider}/{asked.model_name}")
+        exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
+        for route in (asked, *asked.fallbacks):
+            caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
         keys = provider_keys(request, caller, asked)
-        return await (self._stream if asked.stream else self._create)(request, asked, keys)
+        if not asked.stream:
+            return await self._create(request, asked, keys)
+        with self.metrics.streaming:
+            return await self._stream(request, asked, keys)
 
     def _check_counts(self, body: JSON) -> None:
         limits = self.config.limits
@@ -1310,12 +1557,16 @@ class Gateway:
     ) -> None:
         """The hot path: events of one read of the provider's socket are one write to the caller's."""
         stream = await self.engine.open(asked, keys)
+        exchange = request[EXCHANGE]
         try:
             out.headers = {"X-Model": header_safe(stream.model), **dropped_header(stream.dropped)}
             async for events in stream:
+                if exchange.first_token is None and any(event.type == "content_block_delta" for event in events):
+                    exchange.first_token = exchange.seconds
                 await out.write(b"".join(map(sse_frame, events)))
-            request[EXCHANGE].usage = stream.usage
+            exchange.usage = stream.usage
             await out.end()
+            exchange.status, exchange.sent = 200, out.sent  # whole, even for a caller that goes now
             await stream.finish()
         finally:
             stream.close()
@@ -1343,13 +1594,24 @@ class Gateway:
         return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}} | none)
 
     async def health(self, request: web.Request) -> web.Response:
-        state: JSON = {
-            "status": "draining" if self.draining else "healthy",
-            "version": providers.__version__,
-            "providers": {id: {"configured": self.engine.available(id)} for id in PROVIDERS},
-            "uptime_seconds": int(time.monotonic() - self.started),
-        }
-        return json_response(state, status=503 if self.draining else 200)
+        state = Health(
+            status="draining" if self.draining else "healthy",
+            version=providers.__version__,
+            providers={id: Configured(configured=self.engine.available(id)) for id in PROVIDERS},
+            uptime_seconds=int(time.monotonic() - self.started),
+        )
+        return json_response(state.model_dump(), status=503 if self.draining else 200)
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        if self.config.metrics.require_key or self.callers.mode == "none":
+            await self.admit(request)
+        text = await asyncio.to_thread(self.metrics.text)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        if self._openapi is None:
+            self._openapi = await asyncio.to_thread(lambda: providers.dumps(openapi(self.config)))
+        return web.Response(body=self._openapi, content_type="application/json")
 
     # -- around every request ---------------------------------------------------------------------------------------
 
@@ -1360,15 +1622,16 @@ class Gateway:
         id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
         token = request_id.set(id)
         exchange = request[EXCHANGE] = Exchange(id)
-        status = 499  # what the log says of a caller that went away
         try:
             response = await self._answered(request, handler)
-            status = response.status
+            exchange.status = response.status
             if isinstance(response, web.Response):
                 exchange.sent = len(response.body) if isinstance(response.body, bytes) else 0
             return response
         finally:
-            access.info("request", extra={"fields": exchange.fields(request, status)})
+            exchange.settle()
+            self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
+            access.info("request", extra={"fields": exchange.fields(request)})
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -1418,6 +1681,9 @@ class Gateway:
             response.headers.update(self.cors.headers(request))
         if VERDICT in request:
             response.headers.update(request[VERDICT].headers())
+        if self.retiring:
+            response.headers["Connection"] = "close"
+            response.force_close()
         if EXCHANGE in request:
             response.headers["X-Request-ID"] = response.headers["request-id"] = request[EXCHANGE].id
 
@@ -1438,6 +1704,240 @@ class Gateway:
 def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
     names = ", ".join(dropped)
     return {"X-Vai-Dropped": header_safe(names, 1024)} if names else {}
+
+
+# == The OpenAPI document ==============================================================================================
+
+SCHEMAS = "#/components/schemas/"
+EXAMPLE = {"model": "anthropic/claude-sonnet-5-5", "messages": [{"role": "user", "content": "Hello!"}]}
+KEY_HEADERS = [vai.byok_header(provider) for provider in PROVIDERS]
+HEADERS = {
+    "X-Request-ID": "The caller's, or one of the gateway's own. Also as `request-id`.",
+    "X-Model": "The provider and the model that answered.",
+    "X-Input-Tokens": "Of `usage`.",
+    "X-Output-Tokens": "Of `usage`.",
+    "X-Duration-Ms": "How long the whole answer took.",
+    "X-RateLimit-Limit-Requests": "Requests a minute.",
+    "X-RateLimit-Remaining-Requests": "How many of them are left now.",
+    "X-RateLimit-Reset-Requests": "Whole seconds until more are.",
+    "X-Vai-Dropped": "Advisory fields of the request that the provider does not take.",
+    "Retry-After": "Whole seconds, where known.",
+    "WWW-Authenticate": "Bearer.",
+}
+RATE_HEADERS = tuple(name for name in HEADERS if name.startswith("X-RateLimit-"))
+ERROR_STATUSES = {  # status → when
+    400: "The request is wrong; `param` names the place. Or the provider refuses it.",
+    401: "No valid key for the gateway, no key for the provider, or the caller's own key was refused.",
+    403: "The key may not do this, or (auth.mode none) the Host header is not this machine's.",
+    404: "The provider does not know the model.",
+    408: "The body did not arrive in time.",
+    413: "The body is over a limit, of the gateway or of the provider.",
+    417: "The only expectation that is met is 100-continue.",
+    429: "Too many requests, or spent quota.",
+    500: "The gateway's own fault.",
+    502: "The provider failed, answered something unreadable, or refused the gateway's own key.",
+    503: "The provider has no capacity, or the gateway is shutting down.",
+    504: "The provider took too long.",
+}
+
+
+class _Schemas(GenerateJsonSchema):
+    """JSON Schemas as OpenAPI has them: unions whose members may overlap, and no titles made of field names."""
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        return {"anyOf": super().tagged_union_schema(schema)["oneOf"]}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def openapi(config: Config) -> JSON:
+    """The OpenAPI 3.1 document of the endpoints, with the limits of this configuration."""
+    closed = config.auth.mode != "none"
+    secured: JSON = {"security": [{"key": []}, {"bearer": []}]} if closed else {}
+    inputs = [_header(name, "A key of the caller's own for this provider.") for name in KEY_HEADERS]
+    inputs += [_header(name, "Passed on to Anthropic.") for name in vai.FORWARDED_HEADERS]
+    messages: JSON = {
+        "summary": "Ask a model",
+        "operationId": "createMessage",
+        "parameters": [*inputs, _header("X-Request-ID", "Letters, digits and `._-`, at most 64."), _query("beta")],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref("MessageRequest"), "example": EXAMPLE}},
+        },
+        "responses": {
+            "200": {
+                "description": "The answer; with `stream` as events, the last of which is `message_stop` or `error`.",
+                "headers": _headers("X-Request-ID", "X-Model", "X-Vai-Dropped", *RATE_HEADERS),
+                "content": {
+                    "application/json": {"schema": _ref("Message")},
+                    # OpenAPI 3.1 has no word for the schema of an event's data.
+                    "text/event-stream": {"x-event-schema": _ref("StreamEvent")},
+                },
+            },
+            **_refusals(*ERROR_STATUSES),
+        },
+    }
+    messages["responses"]["200"]["headers"] |= _headers("X-Input-Tokens", "X-Output-Tokens", "X-Duration-Ms")
+    models: JSON = {
+        "summary": "Providers, what they can do, and aliases",
+        "operationId": "listModels",
+        "parameters": [_query("provider"), _query("capability")],
+        "responses": {
+            "200": _answer("The list; no models, of which there is no catalogue.", _ref("Models"), *RATE_HEADERS)
+        }
+        | _refusals(401, 403, 429, 503),
+    }
+    health: JSON = {
+        "summary": "Whether the gateway takes requests",
+        "operationId": "getHealth",
+        "responses": {
+            "200": _answer("It does.", _ref("Health")),
+            "503": _answer("It is shutting down.", _ref("Health")),
+            **_refusals(),
+        },
+    }
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    shown = _headers("X-Request-ID", *RATE_HEADERS)
+    metrics: JSON = {
+        "summary": "Metrics for Prometheus",
+        "operationId": "getMetrics",
+        "responses": {
+            "200": {"description": "Text format 0.0.4.", "headers": shown, "content": text},
+            **_refusals(401, 403, 429),
+            "404": _refusal(404, "Metrics are off, or their library is not installed."),
+        },
+    }
+    document: JSON = {
+        "summary": "This document",
+        "operationId": "getOpenAPI",
+        "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_refusals()},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vai",
+            "version": providers.__version__,
+            "description": "Any model behind Anthropic's Messages API. A model is `provider/model`, or an alias.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": {
+            "/v1/messages": {"post": messages | secured},
+            "/v1/models": {"get": models | secured},
+            "/health": {"get": health},
+            "/metrics": {"get": metrics | (secured if config.metrics.require_key else {})},
+            "/openapi.json": {"get": document},
+        },
+        "components": {
+            "schemas": _schemas(config.limits),
+            "headers": {name: {"description": about, "schema": {"type": "string"}} for name, about in HEADERS.items()},
+            "securitySchemes": {
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer"},
+            },
+        },
+    }
+
+
+def _schemas(limits: LimitsSection) -> JSON:
+    """The schemas: of the models that check requests and make answers, and of what is no model."""
+    models = (providers.MessageRequest, providers.Message, vai.Models, Health)
+    _, made = models_json_schema(
+        [(model, "validation") for model in models], ref_template=SCHEMAS + "{model}", schema_generator=_Schemas
+    )
+    schemas: JSON = made["$defs"]
+    asked, message, listed = (schemas[name] for name in ("MessageRequest", "Message", "Models"))
+    asked["description"] = "Anthropic's request, and some fields of vai's own."
+    asked["properties"]["model"] |= {"maxLength": 256, "examples": ["anthropic/claude-sonnet-5-5", "openai/gpt-4o"]}
+    asked["properties"]["messages"]["maxItems"] = limits.max_messages
+    asked["properties"]["tools"]["maxItems"] = limits.max_tools
+    for name, schema in asked["properties"].items():
+        if name not in asked["required"] and {"type": "null"} not in schema.get("anyOf", ()):
+            asked["properties"][name] = {"anyOf": [schema, {"type": "null"}]}  # null is as good as nothing
+    message["description"] = "The answer."
+    message["required"] = sorted(message["properties"])
+    schemas["Usage"]["required"] = sorted(schemas["Usage"]["properties"])
+    schemas["ContentBlock"] = message["properties"]["content"]["items"]
+    message["properties"]["content"]["items"] = _ref("ContentBlock")
+    empty: JSON = {"description": "Where Anthropic has its catalogue of models.", "type": "array", "maxItems": 0}
+    listed["properties"] |= {"data": empty, "has_more": {"const": False}}
+    listed["required"] = sorted(listed["properties"])
+    schemas["Health"]["required"] = sorted(schemas["Health"]["properties"])
+    return schemas | _event_schemas() | {"Error": _error_schema()}
+
+
+def _error_schema() -> JSON:
+    text = {"type": "string"}
+    fields = {"message": text, "param": text, "code": text, "provider": {"enum": list(PROVIDERS)}, "request_id": text}
+    kinds = {"type": {"enum": list(providers.ERRORS)}, "retry_after": {"type": "integer", "minimum": 0}}
+    error = _object(fields | kinds | {"provider_error": {}}, "type", "message", "request_id")
+    error["additionalProperties"] = False
+    envelope = {"type": {"const": "error"}, "error": error, "request_id": text}
+    return {"description": "An error, as a body or as the last event of a stream.", **_object(envelope, *envelope)}
+
+
+def _event_schemas() -> JSON:
+    index = {"type": "integer", "minimum": 0}
+    stop = _object({name: {"type": ["string", "null"]} for name in ("stop_reason", "stop_sequence")}, "stop_reason")
+    events: dict[str, JSON] = {
+        "message_start": {"message": _ref("Message")},
+        "content_block_start": {"index": index, "content_block": _ref("ContentBlock")},
+        "content_block_delta": {"index": index, "delta": _ref("Delta")},
+        "content_block_stop": {"index": index},
+        "message_delta": {"delta": stop, "usage": _ref("Usage")},
+        "message_stop": {},
+        "ping": {},
+    }
+    deltas: list[JSON] = [{"type": "object", "required": ["type"], "description": "One that vai does not know."}]
+    for kind in (each for each in get_args(providers.Delta) if each is not providers.OtherDelta):
+        fields = TypeAdapter(kind).json_schema(schema_generator=_Schemas)["properties"]
+        deltas.insert(-1, _object({"type": {"const": kind.type}, **fields}, "type", *fields))
+    named = {
+        kind.title().replace("_", ""): _object({"type": {"const": kind}, **fields}, "type", *fields)
+        for kind, fields in events.items()
+    }
+    return {"Delta": {"anyOf": deltas}, **named, "StreamEvent": {"anyOf": [_ref(name) for name in (*named, "Error")]}}
+
+
+def _object(properties: JSON, *required: str) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def _ref(name: str) -> JSON:
+    return {"$ref": SCHEMAS + name}
+
+
+def _headers(*names: str) -> JSON:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _header(name: str, about: str) -> JSON:
+    return {"name": name, "in": "header", "description": about, "schema": {"type": "string"}}
+
+
+def _query(name: str) -> JSON:
+    return {"name": name, "in": "query", "schema": {"type": "string"}}
+
+
+def _answer(description: str, schema: JSON, *headers: str) -> JSON:
+    content = {"application/json": {"schema": schema}}
+    return {"description": description, "headers": _headers("X-Request-ID", *headers), "content": content}
+
+
+def _refusals(*statuses: int) -> JSON:
+    """The responses that are errors; `default` is for those that any route may have."""
+    return {str(status): _refusal(status, ERROR_STATUSES[status]) for status in statuses} | {
+        "default": _answer("Another error.", _ref("Error"), *RATE_HEADERS)
+    }
+
+
+def _refusal(status: int, description: str) -> JSON:
+    kind = next((cls.type for cls in providers.ERRORS.values() if cls.status == status), "invalid_request_error")
+    told = {"properties": {"error": {"properties": {"type": {"const": kind}}}}}
+    answer = _answer(description, {"allOf": [_ref("Error"), told]}, *RATE_HEADERS)
+    answer["headers"] |= _headers("Retry-After", *(["WWW-Authenticate"] if status == 401 else []))
+    return answer
 
 
 # == The app ===========================================================================================================
@@ -1471,6 +1971,9 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
     app.router.add_get("/v1/models", gateway.models)
     app.router.add_get("/health", gateway.health)
+    app.router.add_get("/metrics", gateway.show_metrics)
+    app.router.add_get("/openapi.json", gateway.openapi)
+    gateway.endpoints = frozenset(resource.canonical for resource in app.router.resources())
     app.on_response_prepare.append(gateway.mark)
 
     async def startup(app: web.Application) -> None:
@@ -1485,6 +1988,64 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.on_startup.append(startup)
     app.on_cleanup.append(cleanup)
     return app
+
+
+class Runner(web.AppRunner):
+    """Runs the app on connections of ours."""
+
+    async def _make_server(self) -> web.Server:
+        times = self.app[GATEWAY].config.timeouts
+        made = await super()._make_server()
+        more: JSON = {"access_log": None, "keepalive_timeout": KEEP_ALIVE, "lingering_time": LINGER}
+        return Listener(made, times, most=most_connections(), **more)
+
+
+HANDOVER = 0.5  # seconds that a worker still serves the connections it has, so that a request on its way is not lost
+
+
+class Worker(Runner):
+    """Runs the app under gunicorn, which takes a runner for an app: what runs gets its grace before the end."""
+
+    async def cleanup(self) -> None:
+        gateway = self.app[GATEWAY]
+        for site in list(self.sites):  # new connections are for the other workers
+            await site.stop()
+        gateway.retiring = True
+        await asyncio.sleep(HANDOVER)
+        if self.server:
+            self.server.pre_shutdown()
+        await gateway.drain(gateway.config.timeouts.drain)
+        await super().cleanup()
+
+
+async def app() -> Worker:
+    """The app in a worker process: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker`.
+
+    Settings come from the environment and `vai.toml`; address and number of processes are gunicorn's. A configuration
+    that cannot work stops gunicorn with one line.
+    """
+    try:
+        config = load_config({}, os.environ)
+        _check_worker_config(config)
+        engine = make_engine(config, os.environ)
+        runner = Worker(make_app(config, engine), shutdown_timeout=1)
+    except (ConfigError, InvalidRequestError) as fault:
+        _fail(str(fault), code=3)  # gunicorn's WORKER_BOOT_ERROR: do not try again
+    configure_logs(config.log, alone=False)
+    warm_up(engine)
+    gateway = runner.app[GATEWAY]
+    if not gateway.metrics.missing and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        logger.warning("/metrics is of this process alone: set PROMETHEUS_MULTIPROC_DIR to an empty folder")
+    logger.info("ready: %s", "; ".join(f"{name} {what}" for name, what in described(gateway)))
+    return runner
+
+
+def _check_worker_config(config: Config) -> None:
+    """What holds for several processes, of which none knows the address."""
+    if config.auth.mode == "api_key" and not config.auth.keys:
+        raise ConfigError("auth.keys: several processes need a key that is configured: set VAI_API_KEYS")
+    if config.auth.mode == "none" and not config.server.allow_open:
+        raise ConfigError("auth.mode none needs server.allow_open here: gunicorn's address is not known to vai")
 
 
 # == Main ==============================================================================================================
@@ -1505,9 +2066,8 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
     raise_file_limit()
     engine = make_engine(config, environ)
     warm_up(engine)
-    app = make_app(config, engine)
-    gateway = app[GATEWAY]
-    runner = Runner(app, shutdown_timeout=1)
+    runner = Runner(make_app(config, engine), shutdown_timeout=1)
+    gateway = runner.app[GATEWAY]
     await runner.setup()
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -1536,29 +2096,65 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
         await runner.cleanup()
 
 
+def described(gateway: Gateway) -> list[tuple[str, str]]:
+    """What is on, as pairs of a word and what there is to say of it."""
+    config, callers = gateway.config, gateway.callers
+    ready = [id for id in PROVIDERS if gateway.engine.available(id)]
+    names = ", ".join(entry.name for entry in config.auth.keys)
+    match callers.mode:
+        case "api_key":
+            auth = f"api_key; keys of {names}" if names else "api_key"
+        case "passthrough":
+            auth = "passthrough; the callers' own provider keys, none of this gateway's"
+        case _:
+            auth = "none; " + ("anyone on this machine" if is_loopback(config.server.host) else "anyone")
+    lines = [("auth", auth)]
+    if callers.mode != "passthrough":
+        lacking = ", ".join(id for id in PROVIDERS if id not in ready)
+        also = f" (no key for {lacking})" if ready and lacking else ""
+        none = "none has a key: bring one with each request, or set OPENAI_API_KEY …"
+        lines.append(("providers", f"{', '.join(ready)}{also}" if ready else none))
+    for name, models in config.aliases.items():
+        lines.append(("alias", f"{name} = {models if isinstance(models, str) else ', then '.join(models)}"))
+    limits, times = config.limits, config.timeouts
+    sizes = f"body {limits.max_body_bytes / (1 << 20):g} MiB, {limits.max_messages} messages, {limits.max_tools} tools"
+    lines.append(("rates", say_limits(config.rate_limit)))
+    if config.cors.allowed_origins:
+        lines.append(("web pages", ", ".join(config.cors.allowed_origins)))
+    lines.append(("limits", f"{sizes}; {times.first_byte:g} s to the first byte, {times.total:g} s in all"))
+    lines.append(("metrics", gateway.metrics.missing or f"/metrics{', with a key' * config.metrics.require_key}"))
+    return lines
+
+
+def warnings_of(gateway: Gateway) -> list[str]:
+    """What an operator should know before the first request."""
+    config = gateway.config
+    found = []
+    if not is_loopback(config.server.host):
+        found.append("other machines reach this port, without TLS: put a proxy with TLS in front")
+        if config.auth.mode == "none":
+            found.append("auth.mode none: anyone who reaches the port spends your money")
+        if not gateway.metrics.missing and not config.metrics.require_key:
+            found.append("/metrics is open to them too: metrics.require_key closes it")
+    return found
+
+
 def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
     """What is on, and what to type next."""
-    config, engine = gateway.config, gateway.engine
-    ready = [id for id in PROVIDERS if engine.available(id)]
-    lines = [f"vai {providers.__version__} listens on {url}", f"  auth       {config.auth.mode}"]
-    if gateway.callers.made:
-        lines.append(f"  key        {gateway.callers.made}   (made for this run; set VAI_API_KEYS to keep one)")
-    lines.append(
-        f"  providers  {', '.join(ready) or 'none has a key: bring one with each request, or set OPENAI_API_KEY …'}"
-    )
+    config, made = gateway.config, gateway.callers.made
+    pairs = described(gateway)
+    if made:
+        pairs.insert(1, ("key", f"{made}   (made for this run; set VAI_API_KEYS to keep one)"))
     if sandbox:
-        lines.append("  sandbox    every provider is played on this machine; no key, no network, no bill")
-    if config.aliases:
-        lines.append(f"  aliases    {', '.join(config.aliases)}")
-    lines.append(f"  limits     {say_limits(config.rate_limit)}")
-    if config.cors.allowed_origins:
-        lines.append(f"  web pages  {', '.join(config.cors.allowed_origins)}")
-    if config.auth.mode != "passthrough":
-        key = gateway.callers.made or "YOUR_KEY"
-        auth = f"-H 'x-api-key: {key}' " if config.auth.mode == "api_key" else ""
-        model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
-        lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
+        pairs.append(("sandbox", "every provider is played on this machine; no key, no network, no bill"))
+    pairs += [("warning", text) for text in warnings_of(gateway)]
+    lines = [f"vai {providers.__version__} listens on {url}", *(f"  {name:10} {what}" for name, what in pairs)]
+    ready = [id for id in PROVIDERS if gateway.engine.available(id)]
+    model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
+    key = {"api_key": made or "YOUR_KEY", "passthrough": "YOUR_KEY_AT_ANTHROPIC", "none": ""}[config.auth.mode]
+    auth = f"-H 'x-api-key: {key}' " if key else ""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
     print("\n".join(lines), flush=True)
 
 
@@ -1613,9 +2209,9 @@ def _loop_factory() -> Any:
     return uvloop.new_event_loop
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"vai: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -668,10 +668,13 @@ class ProviderInfo(BaseModel):
 
 
 class Models(BaseModel):
-    """What can be asked: providers with their capabilities, and aliases. There is no catalogue of models."""
+    """What can be asked: providers with their capabilities, and aliases. There is no catalogue of models.
+
+    An alias stands for a model, or for several that are tried one after the other.
+    """
 
     providers: list[ProviderInfo]
-    aliases: dict[str, str] = {}
+    aliases: dict[str, str | list[str]] = {}
     voice: dict[str, list[str]] = {}
 
 
@@ -812,6 +815,7 @@ class Direct:
     """Asks the providers themselves.
 
     `provider_keys` by provider id (or its BYOK name); what is missing comes from `environ`, as do base URLs.
+    An alias of several models is a fallback order: the next is asked where one could not answer (`Error.passes_on`).
     `own_keys` says that a refused key is the caller's to mend: true for a script, false for a gateway's own keys.
     `keyless` has no keys at all but those that come with a request.
     """
@@ -821,7 +825,7 @@ class Direct:
         *,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         environ: Mapping[str, str] | None = None,
         timeouts: Timeouts | None = None,
         max_tokens: int = 4096,
@@ -831,6 +835,8 @@ class Direct:
         environ = os.environ if environ is None else environ
         given = byok(provider_keys or {})
         self.aliases = dict(aliases or {})
+        for name, models in self.aliases.items():
+            providers.alias_models(name, models)
         self.max_tokens = max_tokens
         self.own_keys = own_keys
         self.keys: dict[str, Secret] = {}
@@ -855,8 +861,39 @@ class Direct:
         return providers.parse_request(body, headers=kept, aliases=self.aliases)
 
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
+        return await self._first_of(request, keys or {}, self._create)
+
+    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+        return await self._first_of(request, keys or {}, self._open)
+
+    async def _first_of(
+        self,
+        request: MessageRequest,
+        keys: Mapping[str, str],
+        ask: Callable[[MessageRequest, Mapping[str, str], float], Awaitable[T]],
+    ) -> T:
+        """Ask the model, or those of its alias one after the other until one answers; all within one `total`.
+
+        When none does, the error is the first one's that was asked.
+        """
+        deadline = asyncio.get_running_loop().time() + self.transport.timeouts.total
+        failed: list[Error] = []
+        for route in (request, *request.fallbacks):
+            attempt = providers.Attempt(route.provider, route.model_name)
+            request.attempts.append(attempt)
+            try:
+                return await ask(route, keys, deadline)
+            except Error as fault:
+                attempt.fault = fault
+                failed.append(fault)
+                if not request.fallbacks or not fault.passes_on:
+                    raise
+        sent = (fault for fault in failed if fault.code not in providers.UNSENT_CODES)
+        raise next(sent, failed[0]) from None
+
+    async def _create(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> Message:
         adapter = PROVIDERS[request.provider]
-        upstream, credential = await self._send(adapter, request, keys or {})
+        upstream, credential = await self._send(adapter, request, keys, deadline)
         raw = b""
         try:
             with _begun(adapter.id):
@@ -870,9 +907,9 @@ class Direct:
         message._dropped = list(request.dropped)
         return message
 
-    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+    async def _open(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> EventStream:
         adapter = PROVIDERS[request.provider]
-        upstream, credential = await self._send(adapter, request, keys or {})
+        upstream, credential = await self._send(adapter, request, keys, deadline)
         stream = EventStream(upstream, adapter.decoder(request), request.dropped, credential=credential)
         return await stream.start()
 
@@ -884,11 +921,12 @@ class Direct:
                 available=self.available(adapter.id),
                 capabilities=dict.fromkeys(adapter.capabilities, True),
                 native_tools=list(adapter.native_tools),
-                auth={"header": f"X-Provider-Key-{_HEADER_NAMES.get(adapter.id, adapter.id.title())}"},
+                auth={"header": byok_header(adapter.id)},
             )
             for adapter in PROVIDERS.values()
         ]
-        return Models(providers=listed, aliases=self.aliases)
+        aliases = {name: given if isinstance(given, str) else list(given) for name, given in self.aliases.items()}
+        return Models(providers=listed, aliases=aliases)
 
     def available(self, provider: str) -> bool:
         """Whether there is a key for the provider."""
@@ -915,7 +953,7 @@ class Direct:
         raise AuthenticationError(message, provider=adapter.id, code="no_provider_key")
 
     async def _send(
-        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str]
+        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], deadline: float
     ) -> tuple[Upstream, Credential]:
         """The provider's 200, and whose key got it.
 
@@ -923,18 +961,23 @@ class Direct:
         """
         refused: str | None = None
         mended = False
+        repeats = request.attempts[-1].repeats
         for _ in range(3):
             credential = await self.credential(adapter, request, keys, refused)
             sent = adapter.encode(request, credential, self.base_urls[adapter.id], self.max_tokens)
-            upstream = await self.transport.send(sent, adapter.id)
+            upstream = await self.transport.send(
+                sent, adapter.id, deadline=deadline, again=lambda: repeats.append("connection")
+            )
             if upstream.status == 200:
                 return upstream, credential
             fault = await self._fault(upstream, adapter, credential)
             if upstream.status == 401 and credential.renewable and refused is None:
                 refused = credential.key
+                repeats.append("token")
             elif (name := adapter.refused_field(fault, request, sent)) and not mended:
                 mended = True
                 request.drop(name)
+                repeats.append("field")
             else:
                 raise fault
         raise fault
@@ -965,6 +1008,11 @@ def _http_url(name: str, url: str) -> str:
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
 FORWARDED_HEADERS = ("anthropic-version", "anthropic-beta")
 BYOK_NAMES = {name for adapter in PROVIDERS.values() for name in adapter.byok} | {"cartesia"}
+
+
+def byok_header(provider: str) -> str:
+    """The header in which a caller brings a key for this provider."""
+    return f"X-Provider-Key-{_HEADER_NAMES.get(provider, provider.title())}"
 
 
 def _key_name(name: str) -> str:
@@ -1292,7 +1340,7 @@ class AsyncClient:
         api_key: str | None = None,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
         engine: Engine | None = None,
@@ -2501,7 +2549,7 @@ class Client:
         api_key: str | None = None,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
         engine: Engine | None = None,
@@ -2840,8 +2888,8 @@ def _models_command(argv: Sequence[str]) -> None:
     for row in listed.providers:
         able = ", ".join([*row.capabilities, *row.native_tools])
         print(f"{row.id:13} {'ready ' if row.available else 'no key'}  {able}")
-    for name, model in listed.aliases.items():
-        print(f"{name:13} alias   {model}")
+    for name, models in listed.aliases.items():
+        print(f"{name:13} alias   {models if isinstance(models, str) else ', then '.join(models)}")
 
 
 def _environment_client() -> Client:

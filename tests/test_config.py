@@ -46,6 +46,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {  # default, then what file, env
     "sse.ping_interval": (15, 1.5, 2.5, None),
     "cors.allowed_origins": ([], ["*"], ["https://a.test", "http://localhost:3000"], None),
     "cors.allow_credentials": (False, True, False, None),
+    "metrics.enabled": (True, False, True, None),
+    "metrics.require_key": (False, True, False, None),
     "log.level": ("info", "debug", "warning", "error"),
     "log.format": (None, "text", "json", "text"),
 }
@@ -210,6 +212,23 @@ WRONG: dict[str, tuple[str, dict[str, str], list[str], str]] = {  # file, enviro
         {"VAI_CORS_CREDENTIALS": "true"},
         [],
         r"VAI_CORS_CREDENTIALS: cors\.allow_credentials: .*'\*'.*",
+    ),
+    "alias of nothing": ("aliases.a = []", {}, [], r"FILE: aliases\.a: must be a model, or a list of models"),
+    "alias of a number": ("aliases.a = 7", {}, [], r"FILE: aliases\.a: must be a model, or a list of models"),
+    "alias of numbers": ('aliases.a = ["groq/x", 7]', {}, [], r"FILE: aliases\.a: must be .*list of models"),
+    "alias of a model twice": ('aliases.a = ["groq/x", "groq/x"]', {}, [], r"FILE: aliases\.a: .*each of them once"),
+    "alias of too many": (
+        f"aliases.a = {[f'groq/{n}' for n in range(17)]}",
+        {},
+        [],
+        r"FILE: aliases\.a: .*at most 16.*",
+    ),
+    "alias with an unknown provider": ('aliases.a = ["groq/x", "mistral/x"]', {}, [], r"FILE: aliases\.a: .*openai.*"),
+    "metrics with no key to require": (
+        "metrics.require_key = true",
+        {"VAI_AUTH_MODE": "passthrough"},
+        [],
+        r"FILE: metrics\.require_key: needs auth\.mode api_key.*",
     ),
     "open to all": ("", {}, ["--auth", "none", "--host", "0.0.0.0"], r".*0\.0\.0\.0.*--allow-open"),  # noqa: S104
     "open by name": ('auth.mode = "none"', {"VAI_HOST": "example.org"}, [], r".*example\.org.*--allow-open"),
