@@ -27,6 +27,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import time
 import tomllib
@@ -742,6 +743,8 @@ class Gateway:
         try:
             response = await self._answered(request, handler)
             status = response.status
+            if self.draining and not response.prepared:
+                response.force_close()
             if isinstance(response, web.Response):
                 exchange.sent = len(response.body) if isinstance(response.body, bytes) else 0
             return response
@@ -769,7 +772,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "draining" or fault.status in (408, 413):
+        if fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -884,19 +887,36 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
             loop.add_signal_handler(name, stop)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
+        assert runner.server is not None  # noqa: S101  (it was set up)
         try:
-            await site.start()
+            door = await loop.create_server(runner.server, config.server.host, config.server.port, backlog=1024)
         except OSError as fault:
             reason = os.strerror(fault.errno) if fault.errno else str(fault)
             raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {reason}") from None
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        banner(f"http://{host}:{runner.addresses[0][1]}", gateway)
+        banner(f"http://{host}:{door.sockets[0].getsockname()[1]}", gateway)
         await stopped.wait()
         logger.info("shutting down; %d requests in progress", len(gateway.running))
         await gateway.drain(config.timeouts.drain)
+        await shut(door, runner.server)
     finally:
         await runner.cleanup()
+
+
+async def shut(door: asyncio.Server, server: web.Server) -> None:
+    """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
+    doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    door.close()
+    for last in doors:
+        last.setblocking(False)
+        with last, contextlib.suppress(OSError):  # nobody waits any more
+            while True:
+                connection, _ = last.accept()
+                await asyncio.get_running_loop().connect_accepted_socket(server, connection)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2):  # for what is on its way over a connection that was kept alive
+            while server.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:

@@ -7,6 +7,7 @@ answer and spoils it on the way: a `Case` says how, step by step, and what is to
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import email.utils
 import gzip
@@ -16,6 +17,7 @@ import json
 import random
 import re
 import secrets
+import signal
 import socket
 import time
 import zlib
@@ -32,6 +34,7 @@ from conftest import (
     PROVIDERS,
     Answer,
     Heard,
+    Launch,
     Listen,
     Logged,
     Serve,
@@ -895,3 +898,37 @@ async def test_tenants_apart(serve: Serve, sandbox: Sandbox) -> None:
     assert sandbox.seen > 400
     for request in sandbox.requests:
         assert set(re.findall(r"tenant-\d+", json.dumps([request.headers, request.body]))) == {request.key[3:]}
+
+
+# == The end ===========================================================================================================
+
+
+async def test_shutdown_under_load(launch: Launch, http: aiohttp.ClientSession) -> None:
+    """A signal under load: whoever was let in is answered, to the end or with an error that says why."""
+    process = await launch(VAI_TIMEOUT_DRAIN="1")
+    url, headers = f"{process.gateway.url}/v1/messages", {"X-API-Key": KEY}
+    seen: collections.Counter[str] = collections.Counter()
+    draining = asyncio.Event()
+
+    async def caller(number: int) -> None:
+        text = f"[say {SAID}] {('', '[wait 0.1]', '[slow 0.05]', '[hang]')[number % 4]}"
+        body = body_of(PROVIDERS[number % 7], text, stream=number % 3 > 0)
+        own = {"Connection": "close"} if number % 2 else {}
+        with contextlib.suppress(aiohttp.ClientConnectorError):  # nobody listens any more
+            while True:
+                async with http.post(url, json=body, headers=headers | own) as response:
+                    answer = Answer(response.status, response.headers, await response.text())
+                told = told_by(answer, bool(body["stream"]))
+                if told.error:
+                    assert (told.error["type"], told.error["code"]) == ("overloaded_error", "draining")
+                    assert (told.status == 200) or (told.status, told.error["retry_after"]) == (503, 1)
+                    draining.set()
+                seen["refused" if told.status == 503 else "told" if told.error else "whole"] += 1
+
+    callers = [asyncio.ensure_future(caller(number)) for number in range(60)]
+    while seen["whole"] < 200:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    process.signal(signal.SIGTERM)
+    assert await process.ended(10) == 0
+    await all_of(callers)
+    assert min(seen[kind] for kind in ("whole", "refused", "told")) > 0
