@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import collections
 import contextlib
 import contextvars
 import functools
@@ -29,6 +31,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -399,10 +402,59 @@ class TextFormatter(JSONFormatter):
         return f"{clock} {line['level'].upper()} {line['message']}{extra}"
 
 
+class LogWriter:
+    """A stream that never waits: a thread writes to the descriptor. What is not read in time is dropped and counted."""
+
+    def __init__(self, descriptor: int, most: int = 10_000) -> None:
+        self._descriptor = descriptor
+        self._most = most
+        self._lines: collections.deque[str] = collections.deque()
+        self._dropped = 0
+        self._more = threading.Event()
+        threading.Thread(target=self._run, name="vai-log", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        if len(self._lines) >= self._most:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if not self._more.is_set():
+            self._more.set()
+
+    def flush(self) -> None:
+        """Nothing: that would be waiting."""
+
+    def finish(self, seconds: float = 1) -> None:
+        """Wait a moment until all is written."""
+        until = time.monotonic() + seconds
+        while self._lines and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        try:
+            while self._more.wait():
+                self._more.clear()
+                while lines := list(self._lines):
+                    data = "".join(lines).encode("utf-8", "replace")
+                    while data:
+                        data = data[os.write(self._descriptor, data) :]
+                    for _ in lines:
+                        self._lines.popleft()
+                if self._dropped:
+                    dropped, self._dropped = self._dropped, 0
+                    logger.warning("%d lines of the log were not read in time, and dropped", dropped)
+                time.sleep(0.01)  # lines come in bunches
+        except OSError:  # nobody will ever read it
+            self._most = 0
+            self._lines.clear()
+
+
 def configure_logs(config: LogSection) -> None:
     """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out."""
     style = config.format or ("text" if sys.stderr.isatty() else "json")
-    handler = logging.StreamHandler(sys.stderr)
+    writer = LogWriter(sys.stderr.fileno())
+    atexit.register(writer.finish)
+    handler = logging.StreamHandler(writer)
     handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
     logging._srcfile = None  # nor the line of code (logging HOWTO, "Optimization")
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
@@ -635,7 +687,7 @@ class Gateway:
         exchange.caller = caller.name
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
+        headers = {name: ",".join(request.headers.getall(name, ())) for name in vai.FORWARDED_HEADERS}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model = asked.provider, asked.model_name
         keys = provider_keys(request, caller, asked)
@@ -906,17 +958,20 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
 async def shut(door: asyncio.Server, server: web.Server) -> None:
     """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
     doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    await asyncio.sleep(0.001)  # a timer's turn comes after that of connections just accepted, which `close` would drop
     door.close()
+    waiting: list[socket.socket] = []
     for last in doors:
         last.setblocking(False)
-        with last, contextlib.suppress(OSError):  # nobody waits any more
+        with last, contextlib.suppress(BlockingIOError):  # nobody is there any more
             while True:
-                connection, _ = last.accept()
-                await asyncio.get_running_loop().connect_accepted_socket(server, connection)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.2):  # for what is on its way over a connection that was kept alive
-            while server.connections:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+                waiting.append(last.accept()[0])
+    for connection in waiting:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(server, connection)
+    for _ in range(20):  # 0.2 s for what is on its way over connections that were kept alive
+        if server.connections:
+            await asyncio.sleep(0.01)
 
 
 def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
@@ -939,7 +994,8 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
         model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
         lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
-    print("\n".join(lines), flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print("\n".join(lines), flush=True)
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:
@@ -962,6 +1018,7 @@ async def _sandbox() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit code 0 after a shutdown, 2 for a configuration that cannot work."""
+    open_streams()
     options = arguments(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config(vars(options), os.environ)
@@ -976,6 +1033,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(fault))
     except KeyboardInterrupt:
         return
+
+
+def open_streams() -> None:
+    """Without its standard streams, a process would have sockets by their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _loop_factory() -> Any:

@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import io
 import json
+import logging
+import os
 import re
 import signal
 import statistics
@@ -698,6 +700,44 @@ async def test_log_of_an_error(gateway: Served, logged: Logged, text: str) -> No
     (line,) = logged.requests
     assert line["error"] == "provider_error"
     assert "marker" not in "".join(logged.json)
+
+
+async def test_log_that_nobody_reads(launch: Launch) -> None:
+    """A log that is not read holds up no request, nor the end; once it is read, it is all there."""
+    process = await launch()
+    errors = process.readers.pop()
+    errors.cancel()  # a few hundred KB fit into what lies between
+    paths = [f"/v1/{number:0>900}" for number in range(1500)]
+    for path in paths:
+        assert (await process.gateway.get(path)).status == 404
+    process.readers.append(asyncio.create_task(process.read_errors()))
+    process.signal(signal.SIGTERM)
+    assert await process.ended(5) == 0
+    assert len([line for line in process.errors if "vai.access" in line]) == len(paths)
+
+
+async def test_log_that_is_read_too_late() -> None:
+    """Beyond so many lines they are dropped, and the log says how many."""
+    reading, writing = os.pipe()
+    writer = server.LogWriter(writing, 10)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    server.logger.addHandler(handler)
+    try:
+        for _ in range(100):
+            writer.write("x" * 10_000 + "\n")
+        read = dropped = 0
+        while read + dropped < 100:
+            read += (await asyncio.to_thread(os.read, reading, 1 << 20)).count(b"\n")
+            dropped = sum(int(re.findall(r"\d+", line)[0]) for line in said)
+        assert 10 <= read < 100
+        os.close(reading)
+        writer.write("x\n")
+        writer.finish()
+    finally:
+        server.logger.removeHandler(handler)
+        os.close(writing)
 
 
 HOSTILE = 'a\n{"level":"x"}\r\x1b[31m"\u2028'
