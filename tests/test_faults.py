@@ -301,7 +301,7 @@ def told_by(answer: Answer, streaming: bool) -> Told:
     if not streaming:
         assert answer.body["stop_reason"] == "end_turn"
         counts = [count for name, count in answer.body["usage"].items() if name.endswith("_tokens")]
-        assert all(isinstance(count, int) and count >= 0 for count in counts) and len(counts) == 5
+        assert [isinstance(count, int) and count >= 0 for count in counts] == [True] * 5
         return Told(200, None, answer.text)
     events = [event for event in answer.events if event["type"] != "ping"]
     assert [event["type"] for event in events].count("message_start") == 1 == len([*filter(is_terminal, events)])
@@ -794,6 +794,25 @@ async def test_floods(serve: Serve, relay: Relay, spoiled: JSON, name: str) -> N
             for streaming in (False, True):
                 if FLOODS[name].outcome(streaming, "gateway"):
                     await visited(relay, ask, provider, name, FLOODS[name], streaming, "gateway")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+async def test_floods_do_not_fill_the_memory(launch: Launch, relay: Relay, spoiled: JSON) -> None:
+    """Nor does the gateway grow by more than what it is ready to read."""
+    process = await launch(**spoiled)
+    ask, status = through(process.gateway), Path(f"/proc/{process.process.pid}/status")
+
+    async def peak(name: str, case: Case) -> int:
+        """In MB, after this in all ways."""
+        for streaming in (False, True):
+            if case.outcome(streaming, "gateway"):
+                await visited(relay, ask, "openai", name, case, streaming, "gateway")
+        return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) // 1000  # noqa: ASYNC240
+
+    before = await peak("LF", STREAMS["LF"])
+    assert await peak("error", REFUSALS["error of 50 MB"]) - before < 20
+    for name in ("a body without end", "a bomb", "comments without end"):
+        assert await peak(name, FLOODS[name]) - before < 130, name
 
 
 @pytest.mark.parametrize("mode", ["gateway", "direct"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
@@ -10,11 +11,14 @@ import logging
 import os
 import re
 import signal
+import socket
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic
@@ -23,12 +27,14 @@ from conftest import (
     KEY,
     MODELS,
     PROVIDERS,
+    ROOT,
     Launch,
     Listen,
     Logged,
     Serve,
     Served,
     body_of,
+    canned,
     hear,
     log_in,
     post_bytes,
@@ -447,6 +453,22 @@ MALFORMED = {
     "space before colon": b"GET /health HTTP/1.1\r\nHost : 127.0.0.1\r\n\r\n",
     "folded header": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: a\r\n b\r\n\r\n",
     "long header": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
+    **{
+        f"length {length!r}": f"{POST}Content-Length: {length}\r\n\r\n{{}}".encode()
+        for length in ("+2", "2, 2", "0x2", "2 2", "", "-0", "9" * 30)
+    },
+    **{
+        f"transfer {coding!r}": f"{POST}Transfer-Encoding: {coding}\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n".encode()
+        for coding in ("chunked, chunked", "chunked, gzip", "xchunked", "identity")
+    },
+    "bare LF": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\nX: y\r\n\r\n",
+    "bare CR": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: y\rz\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.test\r\n\r\n",
+    "two content types": f"{POST}Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{{}}".encode(),
+    "many headers": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+    "a later version": b"GET /health HTTP/9.9\r\nHost: 127.0.0.1\r\n\r\n",
+    "bad chunk": f"{POST}Transfer-Encoding: chunked\r\n\r\nzz\r\n{{}}\r\n0\r\n\r\n".encode(),
     "NUL in a header": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: a\0b\r\n\r\n",
 }
 
@@ -461,6 +483,62 @@ async def test_malformed_http(launch: Launch) -> None:
     process.signal(signal.SIGTERM)
     assert await process.ended(5) == 0
     assert len(process.errors) <= len(MALFORMED) + 1
+
+
+async def test_pipelined(gateway: Served, sandbox: Sandbox) -> None:
+    """Requests on one connection are answered in their order, each once."""
+    get = b"GET /v1/%d HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    raw = b"".join([post_bytes(body_of("openai")), *(get % number for number in range(500))])
+    answers = await gateway.raw_answer(raw + post_bytes(body_of("openai"), "Connection: close"))
+    assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200, *[404] * 500, 200]
+    assert [int(route) for route in re.findall(rb"no such route: /v1/(\d+)", answers)] == list(range(500))
+    assert sandbox.seen == 2
+
+
+async def test_type_that_is_missing(gateway: Served) -> None:
+    """A body that does not say what it is, is not taken."""
+    answer = await gateway.raw_answer(
+        post_bytes(body_of("openai"), "Connection: close").replace(b"Content-Type: application/json\r\n", b"")
+    )
+    assert b" 400 " in answer[:16]
+    assert b'"unsupported_media_type"' in answer
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_odd_characters_go_through(gateway: Served, sandbox: Sandbox, provider: str) -> None:
+    """NUL, ESC, line separators, marks of direction and what is no character at all are the model's to read."""
+    odd = "\0\x1b\x7f\u2028\u202e\ufeff\ud7ff\uffff\U0010ffff"
+    answer = await gateway.ask(provider, f"{odd} [say {odd}]")
+    assert (answer.status, answer.text) == (200, odd)
+    assert json.dumps(odd)[1:-1] in json.dumps(sandbox.requests[0].body)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_no_url_is_fetched(gateway: Served, listen: Listen, provider: str) -> None:
+    """An address in a request is the provider's to fetch, or refused."""
+    heard: list[Any] = []
+    url = await listen(canned(b"", heard))
+    for scheme, statuses in (("http", {200, 400}), ("file", {400}), ("ftp", {400}), ("gopher", {400})):
+        for kind in ("image", "document"):
+            source = {"type": "url", "url": url.replace("http", scheme) + "/x.pdf"}
+            content = [{"type": "text", "text": "[say Hm.]"}, {"type": kind, "source": source}]
+            body = body_of(provider) | {"messages": [{"role": "user", "content": content}]}
+            assert (await gateway.post(body)).status in statuses
+    assert heard == []
+
+
+async def test_headers_for_anthropic(gateway: Served, sandbox: Sandbox) -> None:
+    """Of `anthropic-beta` all go through, however many headers they are spread over; what is no list is refused."""
+    betas = ("anthropic-beta: a-1", "Anthropic-Beta: b-2,c-3", "Connection: close")
+    answer = await gateway.raw_answer(post_bytes(body_of("anthropic"), *betas))
+    assert b" 200 " in answer[:16]
+    assert sandbox.requests[0].headers["anthropic-beta"] == "a-1,b-2,c-3"
+    for wrong in ("b," * 600, "\x80"):
+        raw = post_bytes(body_of("anthropic"), "anthropic-beta: X", "Connection: close")
+        answer = await gateway.raw_answer(raw.replace(b"beta: X", b"beta: " + wrong.encode("latin-1")))
+        assert b" 400 " in answer[:16]
+        assert b'"param":"anthropic-beta"' in answer
+    assert sandbox.seen == 1
 
 
 # == Disconnects =======================================================================================================
@@ -658,6 +736,28 @@ async def test_hangup_is_survived(launch: Launch) -> None:
     process = await launch()
     process.signal(signal.SIGHUP)
     assert (await process.gateway.ask("openai")).status == 200
+
+
+@pytest.mark.parametrize("missing", ["<&- >&- 2>&-", "2>&-", "> /dev/full"])
+async def test_missing_streams(environ: JSON, http: aiohttp.ClientSession, missing: str, tmp_path: Path) -> None:
+    """Without a standard stream, or somebody who reads it, the gateway starts and answers like any other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f"exec {sys.executable} {ROOT / 'server.py'} --port {port} {missing}"
+    env = {"PATH": os.environ["PATH"], **environ, "VAI_API_KEYS": KEY}
+    process = await asyncio.create_subprocess_shell(command, cwd=tmp_path, env=env, stdout=-3, stderr=-3)
+    gateway = Served(f"http://127.0.0.1:{port}", http)
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(aiohttp.ClientConnectorError):
+                    assert (await gateway.ask("openai")).status == 200
+                    break
+                await asyncio.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+    assert await process.wait() == 0
 
 
 async def test_sandbox_flag(launch: Launch) -> None:
