@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
-from aiohttp import web
+from aiohttp import web, web_response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING or not __package__:
@@ -923,6 +923,7 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
     """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
     engine = make_engine(config, environ)
     warm_up(engine)
+    vars(web_response)["SERVER_SOFTWARE"] = "vai"  # what aiohttp answers to malformed requests passes no middleware
     app = make_app(config, engine)
     gateway = app[GATEWAY]
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1, keepalive_timeout=75)
@@ -994,8 +995,10 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
         model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
         lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
-    with contextlib.suppress(OSError):  # nobody reads it
+    try:
         print("\n".join(lines), flush=True)
+    except OSError:  # nobody reads it; the flush at the end is not to fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:

@@ -847,6 +847,25 @@ async def test_no_way_there(serve: Serve, environ: JSON, mode: str) -> None:
     assert (told.status, (told.error or {})["type"]) == (504, "timeout_error")
 
 
+@pytest.mark.parametrize("way", ["plain HTTP", "closes"])
+async def test_no_tls_there(serve: Serve, listen: Listen, way: str) -> None:
+    """Where TLS fails, nothing is sent without it."""
+    heard: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(1 << 16))
+        if way == "plain HTTP":
+            writer.write(http_answer(b"", "400 Bad Request", "text/plain"))
+
+    url = (await listen(talk)).replace("http:", "https:")
+    gateway = await serve(providers={"openai": {"base_url": url}})
+    answer = await gateway.ask("openai")
+    assert (answer.status, answer.error["type"]) == (502, "provider_error")
+    assert way == "closes" or answer.error["code"] == "tls"
+    assert 1 <= len(heard) <= 2
+    assert {hello[:1] for hello in heard} == {b"\x16"}
+
+
 @pytest.mark.parametrize("way", ["closes", "waits", "reads on"])
 async def test_refused_while_sending(serve: Serve, listen: Listen, way: str) -> None:
     """A provider that refuses a request before it has read it all is understood, whatever it does then."""

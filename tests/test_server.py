@@ -480,6 +480,7 @@ async def test_malformed_http(launch: Launch) -> None:
         answer = await process.gateway.raw_answer(raw)
         assert re.match(rb"HTTP/1\.[01] 400 ", answer), name
         assert answer.count(b"HTTP/1.") == 1, name
+        assert b"\r\nServer: vai\r\n" in answer, name
     process.signal(signal.SIGTERM)
     assert await process.ended(5) == 0
     assert len(process.errors) <= len(MALFORMED) + 1
