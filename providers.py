@@ -4666,7 +4666,8 @@ class Transport:
             raise ProviderError(
                 f"{provider} answered with a redirect, which vai does not follow", provider=provider, code="redirect"
             )
-        if response.status == 200 and response.headers.get("Content-Encoding", "identity").lower() not in CODINGS:
+        coding = response.headers.get("Content-Encoding") or "identity"
+        if response.status == 200 and coding.strip().lower() not in CODINGS:
             upstream.abort()
             raise unreadable(provider)
         return upstream

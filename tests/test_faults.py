@@ -21,7 +21,7 @@ import signal
 import socket
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -405,7 +405,7 @@ async def settled(before: set[asyncio.Task[Any]]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def all_of(checks: list[Awaitable[None]]) -> None:
+async def all_of(checks: Sequence[Awaitable[None]]) -> None:
     """Run them at once; every one that fails is shown."""
     failed = [fault for fault in await asyncio.gather(*checks, return_exceptions=True) if fault]
     if failed:
