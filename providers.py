@@ -1811,8 +1811,9 @@ class SSEDecoder:
     Raises `ProviderError` with code `event_too_large` for an event over `limit` bytes.
     """
 
-    def __init__(self, limit: int = 32 << 20) -> None:
+    def __init__(self, limit: int = 32 << 20, provider: str | None = None) -> None:
         self._limit = limit
+        self._provider = provider
         self._parts: list[bytes] = []  # of the unfinished line
         self._size = 0
         self._data: list[bytes] = []
@@ -1842,7 +1843,9 @@ class SSEDecoder:
 
     def _check_size(self) -> None:
         if self._size > self._limit:
-            raise ProviderError(f"the provider sent an event of over {self._limit} bytes", code="event_too_large")
+            sender = self._provider or "the provider"
+            message = f"{sender} sent an event of over {self._limit} bytes"
+            raise ProviderError(message, code="event_too_large", provider=self._provider)
 
     def close(self) -> list[SSE]:
         """The end of the body. Some servers leave out the last blank line; an event that is whole still counts."""
@@ -2346,8 +2349,8 @@ class Adapter:
 
     def decode(self, body: Any, request: MessageRequest) -> Message:
         """The whole answer of a request without `stream`. Raises `ProviderError` for what is none."""
-        decoder = self.decoder(request)
-        with _readable(self.id):
+        decoder, message = self.decoder(request), None
+        with _readable(self.id), contextlib.suppress(StreamTruncated):
             message = accumulate([*decoder.feed_whole(body), *decoder.close()])
         if message is None:
             raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
@@ -4292,7 +4295,7 @@ class GeminiDecoder(StreamDecoder):
 
     def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
         super().__init__(adapter, request)
-        self._finish = ""
+        self._finish = self._data = ""
         self._blocked = False
         self._usable = False
         self._usage: JSON = make_usage()
@@ -4309,23 +4312,34 @@ class GeminiDecoder(StreamDecoder):
         return bool(self._finish)
 
     def read(self, sse: SSE) -> list[StreamEvent]:
-        """Each `data` line is a whole response, also where the blank lines between them are missing."""
+        """Each `data` line is a whole response, also where the blank lines between them are missing.
+
+        There is no terminal event; after a finish reason, what is no further response does not spoil the answer.
+        """
+        if self._finish and sse.data == self._data:
+            return []
+        self._data = sse.data
         try:
             chunks = [loads(sse.data)]
         except ValueError:
-            chunks = [loads(line) for line in sse.data.split("\n")]
+            try:
+                chunks = [loads(line) for line in sse.data.split("\n")]
+            except ValueError:
+                if self._finish:
+                    return []
+                raise
         return [event for chunk in chunks for event in self.chunk(chunk)]
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         if isinstance(chunk, list):
             return [event for item in chunk for event in self.chunk(item)]
-        if chunk.get("error"):
-            raise stream_error(self.provider, chunk["error"])
         trace = chunk.get("traceId")
-        if "response" in chunk:  # Code Assist's envelope
+        if "response" in chunk and not chunk.get("error"):  # Code Assist's envelope
             chunk = chunk["response"] or {}
-            if chunk.get("error"):
-                raise stream_error(self.provider, chunk["error"])
+        if chunk.get("error"):
+            if self._finish:
+                return []
+            raise stream_error(self.provider, chunk["error"])
         self._chunks += 1
         feedback, candidates = chunk.get("promptFeedback") or {}, chunk.get("candidates") or ()
         self._blocked = self._blocked or bool(feedback.get("blockReason"))
@@ -4628,6 +4642,9 @@ PROVIDERS: dict[str, Adapter] = {
 # == Transport =========================================================================================================
 
 
+CODINGS = ("identity", "gzip", "x-gzip", "deflate")  # of bodies; no other was asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds: to connect, to the first byte of the answer, between its bytes, and for all of it."""
@@ -4667,6 +4684,12 @@ class Transport:
         class Handler(ResponseHandler):
             def is_connected(self) -> bool:
                 return super().is_connected() and not self.should_close
+
+            def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+                """A broken chunk in mid-body would otherwise leave its reader waiting for more."""
+                super().set_exception(exc, *cause)
+                if self._payload is not None and not self._payload.is_eof() and self._payload.exception() is None:
+                    self._payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
 
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
         factory: Any = functools.partial(Handler, loop=asyncio.get_running_loop())
@@ -4735,6 +4758,10 @@ class Transport:
             raise ProviderError(
                 f"{provider} answered with a redirect, which vai does not follow", provider=provider, code="redirect"
             )
+        coding = response.headers.get("Content-Encoding") or "identity"
+        if response.status == 200 and coding.strip().lower() not in CODINGS:
+            upstream.abort()
+            raise unreadable(provider)
         return upstream
 
     async def close(self) -> None:
@@ -4803,7 +4830,8 @@ class Upstream:
         try:
             if (data := content.read_nowait()) or content.at_eof():
                 return data
-            until = min(asyncio.get_running_loop().time() + (patience or self._idle), self._deadline)
+            wait = self._idle if patience is None else patience
+            until = min(asyncio.get_running_loop().time() + wait, self._deadline)
             async with asyncio.timeout_at(until):
                 return await content.readany()
         except TimeoutError:
@@ -4829,9 +4857,10 @@ class Upstream:
 
     async def read_some(self, limit: int = 64 << 10) -> bytes:
         """The beginning of an error's body; the rest is not worth waiting for."""
-        body = b""
+        body, clock = b"", asyncio.get_running_loop().time
+        until = clock() + min(5, self._idle)
         with contextlib.suppress(Error):
-            while len(body) < limit and (part := await self.chunk(5)):
+            while len(body) < limit and (part := await self.chunk(until - clock())):
                 body += part
         return body[:limit]
 
@@ -4843,9 +4872,8 @@ class Upstream:
                     return
 
     def abort(self) -> None:
-        """Let go: back to the pool if the whole body was read, else closed at once."""
-        if not self._response.content.at_eof():
-            self._response.close()
+        """Let go: closed at once, unless the whole body was read and the connection is back in the pool."""
+        self._response.close()
 
 
 # == Google's OAuth ====================================================================================================

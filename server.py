@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import collections
 import contextlib
 import contextvars
 import fnmatch
@@ -31,7 +33,9 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -912,13 +916,62 @@ def _took(milliseconds: int) -> str:
     return f"{milliseconds:>5} ms" if milliseconds < 1000 else f"{milliseconds / 1000:>5.1f} s "
 
 
+class LogWriter:
+    """A stream that never waits: a thread writes to the descriptor. What is not read in time is dropped and counted."""
+
+    def __init__(self, descriptor: int, most: int = 10_000) -> None:
+        self._descriptor = descriptor
+        self._most = most
+        self._lines: collections.deque[str] = collections.deque()
+        self._dropped = 0
+        self._more = threading.Event()
+        threading.Thread(target=self._run, name="vai-log", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        if len(self._lines) >= self._most:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if not self._more.is_set():
+            self._more.set()
+
+    def flush(self) -> None:
+        """Nothing: that would be waiting."""
+
+    def finish(self, seconds: float = 1) -> None:
+        """Wait a moment until all is written."""
+        until = time.monotonic() + seconds
+        while self._lines and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        try:
+            while self._more.wait():
+                self._more.clear()
+                while lines := list(self._lines):
+                    data = "".join(lines).encode("utf-8", "replace")
+                    while data:
+                        data = data[os.write(self._descriptor, data) :]
+                    for _ in lines:
+                        self._lines.popleft()
+                if self._dropped:
+                    dropped, self._dropped = self._dropped, 0
+                    logger.warning("%d lines of the log were not read in time, and dropped", dropped)
+                time.sleep(0.01)  # lines come in bunches
+        except OSError:  # nobody will ever read it
+            self._most = 0
+            self._lines.clear()
+
+
 def configure_logs(config: LogSection, *, alone: bool = True) -> None:
     """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out.
 
     `alone` says that all log lines of this process are ours, so that records need hold no more than ours say.
     """
     style = config.format or ("text" if sys.stderr.isatty() else "json")
-    handler = logging.StreamHandler(sys.stderr)
+    writer = LogWriter(sys.stderr.fileno())
+    atexit.register(writer.finish)
+    handler = logging.StreamHandler(writer)
     color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter(color=color))
     if alone:  # no line says thread, process or line of code (logging HOWTO, "Optimization")
@@ -1498,7 +1551,7 @@ class Gateway:
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
+        headers = {name: ",".join(request.headers.getall(name, ())) for name in vai.FORWARDED_HEADERS}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
         for route in (asked, *asked.fallbacks):
@@ -1625,6 +1678,8 @@ class Gateway:
         try:
             response = await self._answered(request, handler)
             exchange.status = response.status
+            if self.draining and not response.prepared:
+                response.force_close()
             if isinstance(response, web.Response):
                 exchange.sent = len(response.body) if isinstance(response.body, bytes) else 0
             return response
@@ -1657,7 +1712,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code in ("draining", "malformed_body") or fault.status in (408, 413):
+        if fault.code == "malformed_body" or fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -2081,19 +2136,39 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
             loop.add_signal_handler(name, stop)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
+        assert runner.server is not None  # noqa: S101  (it was set up)
         try:
-            await site.start()
+            door = await loop.create_server(runner.server, config.server.host, config.server.port, backlog=1024)
         except OSError as fault:
             reason = os.strerror(fault.errno) if fault.errno else str(fault)
             raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {reason}") from None
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        banner(f"http://{host}:{runner.addresses[0][1]}", gateway)
+        banner(f"http://{host}:{door.sockets[0].getsockname()[1]}", gateway)
         await stopped.wait()
         logger.info("shutting down; %d requests in progress", len(gateway.running))
         await gateway.drain(config.timeouts.drain)
+        await shut(door, runner.server)
     finally:
         await runner.cleanup()
+
+
+async def shut(door: asyncio.Server, server: web.Server) -> None:
+    """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
+    doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    await asyncio.sleep(0.001)  # a timer's turn comes after that of connections just accepted, which `close` would drop
+    door.close()
+    waiting: list[socket.socket] = []
+    for last in doors:
+        last.setblocking(False)
+        with last, contextlib.suppress(BlockingIOError):  # nobody is there any more
+            while True:
+                waiting.append(last.accept()[0])
+    for connection in waiting:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(server, connection)
+    for _ in range(20):  # 0.2 s for what is on its way over connections that were kept alive
+        if server.connections:
+            await asyncio.sleep(0.01)
 
 
 def described(gateway: Gateway) -> list[tuple[str, str]]:
@@ -2155,7 +2230,10 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
     auth = f"-H 'x-api-key: {key}' " if key else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
     lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
-    print("\n".join(lines), flush=True)
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:  # nobody reads it; the flush at the end is not to fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_limits(config: RateLimitSection) -> str:
@@ -2185,6 +2263,7 @@ async def _sandbox() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit code 0 after a shutdown, 2 for a configuration that cannot work."""
+    open_streams()
     options = arguments(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config(vars(options), os.environ)
@@ -2199,6 +2278,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(fault))
     except KeyboardInterrupt:
         return
+
+
+def open_streams() -> None:
+    """Without its standard streams, a process would have sockets by their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _loop_factory() -> Any:

@@ -698,10 +698,11 @@ class EventStream:
         self._credential = credential
         self._upstream = upstream
         self._decoder = decoder
-        self._sse = SSEDecoder()
+        self._sse = SSEDecoder(provider=decoder.provider)
         self._head = b""  # of a body in which there was no event yet: it may be an error in JSON
         self._ready: list[StreamEvent] = []
         self._fault: Error | None = None
+        self._until = 0.0  # when what may follow a whole answer has had its time
 
     async def start(self) -> EventStream:
         """Wait for the first events, so that an answer that is an error from the start is raised here."""
@@ -739,9 +740,13 @@ class EventStream:
         return []
 
     async def _read(self, events: list[StreamEvent]) -> None:
-        decoder = self._decoder
+        decoder, patience = self._decoder, None
+        if decoder.ending:
+            now = asyncio.get_running_loop().time()
+            self._until = self._until or now + 1.0
+            patience = self._until - now
         try:
-            data = await self._upstream.chunk(1.0 if decoder.ending else None)
+            data = await self._upstream.chunk(patience) if patience is None or patience > 0 else b""
         except Error as fault:
             if not decoder.ending:
                 raise _cut(fault, "connection_broken") from None

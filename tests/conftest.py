@@ -268,7 +268,7 @@ async def listen() -> AsyncIterator[Listen]:
             tasks.discard(task)
             writer.close()
 
-        running.append(await asyncio.start_server(connected, "127.0.0.1", 0))
+        running.append(await asyncio.start_server(connected, "127.0.0.1", 0, backlog=1024))
         return f"http://127.0.0.1:{running[-1].sockets[0].getsockname()[1]}"
 
     yield start
