@@ -4661,6 +4661,44 @@ def _url(text: str) -> yarl.URL:
     return yarl.URL(text, encoded=True)
 
 
+class Watchdog:
+    """A time limit on many waits, one after another: `start(until)`, `stop()`. Calls `expired` if a wait is too long.
+
+    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer.
+    """
+
+    __slots__ = ("_expired", "_loop", "_rings", "_timer", "_until")
+
+    def __init__(self, expired: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._expired = expired
+        self._until = math.inf
+        self._rings = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, until: float) -> None:
+        """A wait begins, that is to end before the loop's clock says `until`."""
+        self._until = until
+        if until < self._rings:
+            self.close()
+            self._rings, self._timer = until, self._loop.call_at(until, self._ring)
+
+    def stop(self) -> None:
+        self._until = math.inf
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings, self._timer = math.inf, None
+
+    def _ring(self) -> None:
+        until, self._rings, self._timer = self._until, math.inf, None
+        if until <= self._loop.time():
+            self._expired()
+        elif until < math.inf:
+            self.start(until)
+
+
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
@@ -4672,6 +4710,8 @@ class Upstream:
         self._provider = provider
         self._idle = idle
         self._deadline = deadline
+        self._clock = asyncio.get_running_loop().time
+        self._watchdog = Watchdog(lambda: response.content.set_exception(TimeoutError()))
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -4690,9 +4730,8 @@ class Upstream:
         try:
             if (data := content.read_nowait()) or content.at_eof():
                 return data
-            until = min(asyncio.get_running_loop().time() + (patience or self._idle), self._deadline)
-            async with asyncio.timeout_at(until):
-                return await content.readany()
+            self._watchdog.start(min(self._clock() + (patience or self._idle), self._deadline))
+            return await content.readany()
         except TimeoutError:
             raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
         except self._broken:
@@ -4701,6 +4740,8 @@ class Upstream:
                 provider=self._provider,
                 code="connection_broken",
             ) from None
+        finally:
+            self._watchdog.stop()
 
     async def read(self, limit: int = 64 << 20) -> bytes:
         """The whole body. Raises `ProviderError` (`answer_too_large`) over `limit` bytes."""
@@ -4731,6 +4772,7 @@ class Upstream:
 
     def abort(self) -> None:
         """Let go: back to the pool if the whole body was read, else closed at once."""
+        self._watchdog.close()
         if not self._response.content.at_eof():
             self._response.close()
 

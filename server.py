@@ -567,8 +567,10 @@ class EventWriter:
         self._request = request
         self._interval = ping_interval
         self._timeout = write_timeout
+        self._watchdog = providers.Watchdog(self._give_up)
+        self._clock = asyncio.get_running_loop().time
         self._lock = asyncio.Lock()  # between the answer and the pings
-        self._last = time.monotonic()
+        self._last = self._clock()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
         self.sent = 0
@@ -581,20 +583,23 @@ class EventWriter:
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
+            self._watchdog.start(self._clock() + self._timeout)
             try:
-                async with asyncio.timeout(self._timeout):
-                    await self.response.write(frames)
-            except TimeoutError:
-                if self._request.transport:
-                    self._request.transport.abort()
-                raise ConnectionResetError("the caller does not read") from None
+                await self.response.write(frames)
+            finally:
+                self._watchdog.stop()
             self.sent += len(frames)
-            self._last = time.monotonic()
+            self._last = self._clock()
+
+    def _give_up(self) -> None:
+        """The caller does not read: with its connection the handler ends too."""
+        if self._request.transport:
+            self._request.transport.abort()
 
     async def keep_alive(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
-            silence = time.monotonic() - self._last
+            silence = self._clock() - self._last
             if silence < self._interval:
                 await asyncio.sleep(self._interval - silence)
             else:
@@ -607,6 +612,9 @@ class EventWriter:
     async def end(self) -> None:
         if self.response is not None:
             await self.response.write_eof()
+
+    def close(self) -> None:
+        self._watchdog.close()
 
 
 # == The endpoints =====================================================================================================
@@ -676,6 +684,7 @@ class Gateway:
                 raise
             await out.fail(self._outlived())
         finally:
+            out.close()
             pinger.cancel()
             await asyncio.gather(pinger, return_exceptions=True)
         await out.end()

@@ -35,10 +35,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -196,7 +195,7 @@ class Upstream(asyncio.Protocol):
             self._transport.write(SSE_HEAD + b"".join(chunks))
 
 
-async def serve_upstream() -> None:
+async def serve_upstream(_: str) -> None:
     def whole(body: bytes) -> bytes:
         return JSON_HEAD % len(body) + body
 
@@ -241,11 +240,116 @@ async def serve_forwarder(upstream: str) -> None:
 
     app = web.Application()
     app.router.add_post("/{path:.*}", forward)
+    await serve_app(app)
+
+
+async def serve_app(app: Any) -> None:
+    from aiohttp import web
+
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     say(f"listens on http://127.0.0.1:{runner.addresses[0][1]}")
     await asyncio.Event().wait()
+
+
+# == The translator ====================================================================================================
+# The least that translates: text only, Anthropic's messages in, OpenAI's chat out. It checks nothing, promises nothing,
+# has neither errors nor timeouts, logs or tools: what a gateway costs beyond it is the price of all that.
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+
+
+def chat_request(asked: dict[str, Any]) -> bytes:
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in asked["messages"]]
+    if "system" in asked:
+        turns.insert(0, {"role": "system", "content": asked["system"]})
+    body = {"model": asked["model"], "messages": turns, "max_completion_tokens": asked["max_tokens"]}
+    if asked.get("stream"):
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return packed(body)
+
+
+def message_answer(answer: dict[str, Any]) -> bytes:
+    choice, used = answer["choices"][0], answer["usage"]
+    return packed({"id": answer["id"], "type": "message", "role": "assistant", "model": answer["model"],
+                   "content": [{"type": "text", "text": choice["message"]["content"]}],
+                   "stop_reason": STOP_REASONS[choice["finish_reason"]], "stop_sequence": None,
+                   "usage": {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]},
+                   })  # fmt: skip
+
+
+def message_event(body: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), packed(body))
+
+
+class ChatStream:
+    """Chat completion chunks in, as they are read; Anthropic's events out."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._begun = False
+        self._stop = ""
+
+    def feed(self, data: bytes) -> bytes:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return b"".join([message_event(body) for line in lines if line[:7] == b"data: {" for body in self._read(line)])
+
+    def _read(self, line: bytes) -> list[dict[str, Any]]:
+        chunk = json.loads(line[6:])
+        out: list[dict[str, Any]] = []
+        if not self._begun:
+            self._begun = True
+            message = {"id": chunk["id"], "type": "message", "role": "assistant", "model": chunk["model"],
+                       "content": [], "stop_reason": None, "stop_sequence": None,
+                       "usage": {"input_tokens": 0, "output_tokens": 0}}  # fmt: skip
+            block = {"type": "text", "text": ""}
+            out = [{"type": "message_start", "message": message},
+                   {"type": "content_block_start", "index": 0, "content_block": block}]  # fmt: skip
+        for choice in chunk["choices"]:
+            if text := choice["delta"].get("content"):
+                delta = {"type": "text_delta", "text": text}
+                out.append({"type": "content_block_delta", "index": 0, "delta": delta})
+            if choice["finish_reason"]:
+                self._stop = STOP_REASONS[choice["finish_reason"]]
+                out.append({"type": "content_block_stop", "index": 0})
+        if used := chunk["usage"]:
+            tokens = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
+            delta = {"stop_reason": self._stop, "stop_sequence": None}
+            out += [{"type": "message_delta", "delta": delta, "usage": tokens}, {"type": "message_stop"}]
+        return out
+
+
+async def serve_translator(upstream: str) -> None:
+    import aiohttp
+    from aiohttp import web
+
+    url = upstream + PATHS["openai"]
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-benchmark-not-a-key"}
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+
+    async def translate(request: web.Request) -> web.StreamResponse:
+        asked = json.loads(await request.read())
+        async with session.post(url, data=chat_request(asked), headers=headers) as answer:
+            if not asked.get("stream"):
+                body = message_answer(json.loads(await answer.read()))
+                return web.Response(body=body, content_type="application/json")
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            stream = ChatStream()
+            async for data in answer.content.iter_any():
+                if events := stream.feed(data):
+                    await response.write(events)
+            await response.write_eof()
+            return response
+
+    app = web.Application()
+    app.router.add_post("/v1/messages", translate)
+    await serve_app(app)
 
 
 # == The load ==========================================================================================================
@@ -333,8 +437,8 @@ class Target:
     model: str
 
     def request(self, mode: Mode) -> bytes:
-        path = PATHS[self.upstream] if self.name == "forwarder" else "/v1/messages"
-        body = question(self.upstream if self.name == "forwarder" else "anthropic", mode, self.model)
+        spoken = self.upstream if self.name == "forwarder" else "anthropic"
+        path, body = PATHS[spoken], question(spoken, mode, self.model)
         host = self.url.removeprefix("http://")
         head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         return head.encode() + b"\r\n\r\n" + body
@@ -494,17 +598,21 @@ async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> lis
         upstream, upstream_pid = await stack.enter_async_context(
             running("upstream", others, [__file__, "--role", "upstream"])
         )
-        forwarder = await stack.enter_async_context(
-            running("forwarder", tested, [__file__, "--role", "forwarder", "--upstream", upstream])
-        )
+        floors = {
+            name: await stack.enter_async_context(
+                running(name, tested, [__file__, "--role", name, "--upstream", upstream])
+            )
+            for name in ("forwarder", "translator")
+        }
         command = [str(project / "server.py"), "--auth", "none", "--port", "0", "--log-format", "json"]
         gateway = await stack.enter_async_context(
             running("gateway", tested, command, env=gateway_environ(upstream, home), cwd=home)
         )
         targets = [
-            Target(name, provider, url, pid, model if name == "forwarder" else f"{provider}/{model}")
+            Target(name, provider, url, pid, f"{provider}/{model}" if name == "gateway" else model)
             for provider, model in MODELS.items()
-            for name, (url, pid) in (("forwarder", forwarder), ("gateway", gateway))
+            for name, (url, pid) in {**floors, "gateway": gateway}.items()
+            if (name, provider) != ("translator", "anthropic")
         ]
         for target in targets:
             await check(target)
@@ -573,21 +681,28 @@ def report(cells: Sequence[Cell], told: dict[str, Any]) -> str:
 def table(cells: Sequence[Cell], mode: Mode) -> list[str]:
     unit, seen = ("requests", "latency") if mode == "whole" else ("events", "first")
     lines = [
-        f"| route | connections | {unit}/s | {seen} p50 ms | p99 ms | CPU µs per {unit[:-1]} | busy | × CPU | × p50 |",
+        f"| route | connections | {unit}/s | {seen} p50 ms | p99 ms | CPU µs per {unit[:-1]} | busy "
+        "| × forwarder | × translator |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for floor, cell in pairwise(cells):
-        if cell.target == "gateway":  # the forwarder on the same upstream was measured just before
-            lines += [row(floor, floor), row(cell, floor)]
+    floors: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.target == "forwarder":  # of each upstream the forwarder is measured first, the gateway last
+            floors.clear()
+        lines.append(row(cell, floors))
+        floors[cell.target] = cell
     return lines
 
 
-def row(cell: Cell, floor: Cell) -> str:
+def row(cell: Cell, floors: Mapping[str, Cell]) -> str:
     source = cell.upstream if cell.target == "forwarder" else "anthropic"
-    route = f"{source}→{cell.upstream} ({cell.target})" if cell.target == "forwarder" else f"{source}→{cell.upstream}"
-    ratios = "| | |" if cell is floor else f"| **{cell.cpu / floor.cpu:.2f}** | {cell.p50 / floor.p50:.2f} |"
+    route = f"{source}→{cell.upstream}" + ("" if cell.target == "gateway" else f" ({cell.target})")
     times = f"{cell.p50 * 1e3:.2f} | {cell.p99 * 1e3:.2f} | {cell.cpu:.1f} | {cell.busy:.0%}"
-    return f"| {route} | {cell.connections} | {cell.rate:,.0f} | {times} {ratios}"
+    ratios = [f"{cell.cpu / floors[name].cpu:.2f}" if name in floors else "" for name in ("forwarder", "translator")]
+    return f"| {route} | {cell.connections} | {cell.rate:,.0f} | {times} | {' | '.join(ratios)} |"
+
+
+ROLES = {"upstream": serve_upstream, "forwarder": serve_forwarder, "translator": serve_translator}
 
 
 def arguments() -> argparse.Namespace:
@@ -595,7 +710,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under 40 seconds instead of 3 minutes; rougher")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parent.parent, help=argparse.SUPPRESS)
-    parser.add_argument("--role", choices=("upstream", "forwarder"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=tuple(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -610,8 +725,7 @@ def main() -> int:
     options = arguments()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         if options.role:
-            served = serve_upstream() if options.role == "upstream" else serve_forwarder(options.upstream)
-            runner.run(served)
+            runner.run(ROLES[options.role](options.upstream))
             return 0
         told = conditions()
         plan = Plan((1, 16), 2, 0.45) if options.quick else Plan((1, 16, 64), 3, 0.9)
