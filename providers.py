@@ -2950,6 +2950,10 @@ CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "
 AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
 
 
+# What a message may say beside its content.
+_CHAT_MORE = ("reasoning_content", "reasoning", "executed_tools", "refusal", "annotations", "tool_calls", "audio")
+
+
 @dataclass(frozen=True, slots=True)
 class Chat(Adapter):
     """POST /chat/completions: OpenAI, and any local server that speaks it."""
@@ -3000,6 +3004,35 @@ class Chat(Adapter):
 
     def decoder(self, request: MessageRequest) -> StreamDecoder:
         return ChatDecoder(self, request)
+
+    def decode(self, body: Any, request: MessageRequest) -> Message:
+        return self._only_text(body, request) or Adapter.decode(self, body, request)
+
+    def _only_text(self, body: Any, request: MessageRequest) -> Message | None:
+        """An answer that is one text, as most are, read without the detour over events; None for any other."""
+        if not isinstance(body, dict) or "error" in body or "x_groq" in body or self.cut_stops(request):
+            return None
+        choices, usage, id = body.get("choices"), body.get("usage"), body.get("id")
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+        message = choice.get("message") if isinstance(choice, dict) and not choice.get("index") else None
+        if not isinstance(choice, dict) or not isinstance(message, dict) or not isinstance(usage, dict):
+            return None
+        text, reason = message.get("content"), choice.get("finish_reason")
+        plain = type(text) is str and type(reason) is str and type(id) is str and "delta" not in choice
+        if not plain or not text or not id or reason not in CHAT_STOP_REASONS or any(map(message.get, _CHAT_MORE)):
+            return None
+        return Message.model_validate(
+            {
+                "id": id,
+                "type": "message",
+                "role": "assistant",
+                "model": f"{self.id}/{body.get('model') or request.model_name}",
+                "content": [{"type": "text", "text": text}],
+                "stop_reason": CHAT_STOP_REASONS[reason],
+                "stop_sequence": None,
+                "usage": chat_usage(usage),
+            }
+        )
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
         tools = [chat_tool(tool) for tool in request.functions]
