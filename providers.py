@@ -1001,11 +1001,11 @@ class MessageRequest(_Request):
     system: Annotated[
         Annotated[str, Tag("#string")] | Annotated[list[TextBlock], Tag("#blocks")], Discriminator(_text_or_blocks)
     ] = ""
-    stop_sequences: _Words = []
+    stop_sequences: _Words = Field(default_factory=list)
     metadata: Metadata | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    tools: list[Tool] = []
+    tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -1014,8 +1014,8 @@ class MessageRequest(_Request):
     output_format: OutputFormat | None = None
     output: Output | None = None
     voice: JSON | None = None
-    extensions: dict[str, JSON] = {}
-    provider_keys: dict[str, str] = Field(default={}, repr=False)
+    extensions: dict[str, JSON] = Field(default_factory=dict)
+    provider_keys: dict[str, str] = Field(default_factory=dict, repr=False)
 
     # What `parse_request` finds out stands in the instance's own dict, where reading it costs nothing.
 
@@ -1104,15 +1104,19 @@ class MessageRequest(_Request):
         return self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks of all turns; a turn that is a plain string has none."""
+        return [block for turn in self.messages if not isinstance(turn.content, str) for block in turn.content]
+
+    @property
     def thinks_back(self) -> bool:
         """Whether the history carries reasoning."""
-        return any(isinstance(b, (ThinkingBlock, RedactedThinkingBlock)) for m in self.messages for b in m.blocks)
+        return any(isinstance(block, (ThinkingBlock, RedactedThinkingBlock)) for block in self.blocks)
 
     @property
     def tool_names(self) -> dict[str, str]:
         """Tool-call id → name of the tool, over the whole history."""
-        calls = (b for m in self.messages for b in m.blocks if isinstance(b, ToolUseBlock))
-        return {call.id: call.name for call in calls}
+        return {block.id: block.name for block in self.blocks if isinstance(block, ToolUseBlock)}
 
 
 def place_of(request: MessageRequest, wanted: Any) -> str | None:
@@ -1160,13 +1164,14 @@ def parse_request(
 def split_model(model: str, aliases: Iterable[str] = ()) -> tuple[str, str]:
     """`provider/model`, cut at the first slash. Raises `InvalidRequestError` for anything else."""
     provider, slash, name = model.partition("/")
-    shown = _printable(model, 100)
     if not slash or not provider or not name:
         also = f", or one of the aliases {', '.join(sorted(aliases))}" if aliases else ""
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"model must be 'provider/model'{also}; got {shown!r}", param="model")
     if provider not in PROVIDERS:
         raise InvalidRequestError(f"unknown provider {provider[:40]!r}; known: {', '.join(PROVIDERS)}", param="model")
     if len(model) > 256 or not MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"{shown!r} is not a model name in the form provider/model", param="model")
     return provider, name
 
@@ -2341,7 +2346,7 @@ class Adapter:
 
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
-        blocks = [block for message in request.messages for block in message.blocks]
+        blocks = request.blocks
         inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
@@ -2626,8 +2631,7 @@ class Anthropic(Adapter):
         if missing := {"image", "audio"} & request.modalities:
             raise self.refuse(f"{min(missing)} output", f"{min(missing)}_output", "output.modalities")
         last = request.messages[-1]
-        paused = bool(last.blocks) and isinstance(last.blocks[-1], ServerBlock)  # a `pause_turn` goes on like this
-        if last.role == "assistant" and not traits.prefill and not paused:
+        if last.role == "assistant" and not traits.prefill and not _paused(last.blocks):
             raise unsupported(
                 f"a last message of the assistant (prefill) with {request.model_name}", self.id, param="messages"
             )
@@ -2785,6 +2789,11 @@ ANTHROPIC_BETAS = {
     "computer_20251124": "computer-use-2025-11-24",
     "advisor_20260301": "advisor-tool-2026-03-01",
 }
+
+
+def _paused(blocks: Sequence[Block]) -> bool:
+    """Whether a turn of the assistant ended as `pause_turn`, and is to go on."""
+    return bool(blocks) and isinstance(blocks[-1], ServerBlock)
 
 
 def anthropic_messages(request: MessageRequest) -> list[JSON]:
@@ -3166,14 +3175,20 @@ def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> l
             else:
                 out.append(turn)
             continue
-        for block in message.blocks:
+        if isinstance(message.content, str):
+            if message.content:
+                held.append({"role": "user" if message.role == "user" else system_role, "content": message.content})
+            if not unanswered:
+                out += _chat_held(media, held)
+            continue
+        for block in message.content:
             if isinstance(block, ToolResultBlock):
                 text, more = _chat_result(block, adapter)
                 id = portable_id(block.tool_use_id)
                 out.append({"role": "tool", "tool_call_id": id, "content": text})
                 unanswered.discard(id)
                 media += more
-        rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
+        rest = [block for block in message.content if not isinstance(block, ToolResultBlock)]
         if parts := [part for block in rest for part in chat_parts(block, adapter)]:
             if message.role == "user":
                 held.append({"role": "user", "content": _chat_content(parts)})
@@ -3218,7 +3233,9 @@ def _chat_content(parts: list[JSON]) -> str | list[JSON]:
 
 
 def _chat_assistant(message: MessageParam, adapter: Chat) -> JSON | None:
-    blocks = message.blocks
+    if isinstance(message.content, str):
+        return {"role": "assistant", "content": message.content} if message.content else None
+    blocks = message.content
     text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
     if not text:
         text = "".join(block.transcript or "" for block in blocks if isinstance(block, AudioBlock))

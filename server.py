@@ -341,8 +341,8 @@ def presented_key(request: web.Request) -> providers.Secret | None:
 def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageRequest) -> dict[str, providers.Secret]:
     """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider."""
     prefix, byok = "x-provider-key-", PROVIDERS[asked.provider].byok
-    given = ((name.lower(), providers.Secret(value)) for name, value in request.headers.items())
-    keys = vai.byok({name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)})
+    given = ((name.lower(), value) for name, value in request.headers.items())
+    keys = vai.byok({name.removeprefix(prefix): providers.Secret(v) for name, v in given if name.startswith(prefix)})
     if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
         keys |= vai.byok({byok[0]: caller.key})
     return keys
@@ -496,23 +496,23 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise InvalidRequestError(message, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
-    too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
     if (request.content_length or 0) > limits.max_body_bytes:
-        raise too_large
+        raise too_large(limits)
     await _continue(request)
     part, parts, size = b"", [], 0
     if request.content.is_eof():  # it came with the head, as nearly always
         part = request.content.read_nowait()
         parts, size = [part], len(part)
         if size > limits.max_body_bytes:
-            raise too_large
+            raise too_large(limits)
     try:
-        async with contextlib.nullcontext() if parts else asyncio.timeout(seconds):
-            async for part in request.content.iter_any():
-                parts.append(part)
-                size += len(part)
-                if size > limits.max_body_bytes:
-                    raise too_large
+        if not parts:
+            async with asyncio.timeout(seconds):
+                async for part in request.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limits.max_body_bytes:
+                        raise too_large(limits)
     except TimeoutError:
         slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
         slow.status = 408
@@ -525,6 +525,10 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+def too_large(limits: LimitsSection) -> Error:
+    return providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
 
 
 async def off_loop(size: int, work: Callable[..., T], *given: Any) -> T:
