@@ -150,6 +150,29 @@ def dumps(value: Any) -> bytes:
     return _encoder.encode(value).encode("ascii")
 
 
+def dump_body(value: Any) -> bytes:
+    """What `dumps` says, for a request: where orjson is installed much faster, and in UTF-8.
+
+    orjson takes NaN for null, so what holds a null is written by `dumps`; as is what orjson refuses and JSON has: lone
+    surrogates, integers over 64 bits, deep nesting. What neither takes is the error of `dumps`.
+    """
+    if fast := _orjson_dumps():
+        with contextlib.suppress(TypeError):
+            raw = fast(value)
+            if b"null" not in raw:
+                return raw
+    return dumps(value)
+
+
+@functools.cache
+def _orjson_dumps() -> Callable[[Any], bytes] | None:
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return functools.partial(orjson.dumps, option=orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME)
+
+
 def too_deep(value: Any, limit: int) -> bool:
     """Whether arrays and objects are nested more than `limit` levels."""
     level = [value]
@@ -2361,7 +2384,7 @@ class Adapter:
     def posted(self, request: MessageRequest, url: str, headers: Mapping[str, str], body: JSON) -> HTTPRequest:
         """The finished request, with the caller's `extensions` for this provider merged in."""
         extra = request.extensions.get(self.id) or {}
-        raw = dumps(_merged(body, extra) if extra else body)
+        raw = dump_body(_merged(body, extra) if extra else body)
         return HTTPRequest(url, {"Content-Type": "application/json", **headers}, raw)
 
 
