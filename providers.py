@@ -4825,7 +4825,7 @@ class Watchdog:
         until, self._rings, self._timer = self._until, math.inf, None
         if until <= self._loop.time():
             self._expired()
-        elif until < math.inf:
+        else:
             self.start(until)
 
 

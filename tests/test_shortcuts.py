@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -84,6 +86,9 @@ SPLICES = [
     *(
         ',"error":{"message":"no"}',
         '"error":"no",',
+        '"usage":7,',
+        ',"choices":null',
+        '"choices":"x",',
         '"x_groq":{"error":{"message":"no"}},',
         ',"usage":{"prompt_tokens":9}',
     ),
@@ -138,6 +143,19 @@ def test_text_cut_out(provider: str, data: st.DataObject) -> None:
     assert told(decoder(provider, False, stop), chunks) == told(decoder(provider, True, stop), [raw])
 
 
+@pytest.mark.parametrize(("provider", "form"), [("anthropic", 0), ("anthropic", 1), ("openai", 0), ("cerebras", 1)])
+def test_text_cut_out_of_anything(provider: str, form: int) -> None:
+    """The same with anything put anywhere into the forms that are cut."""
+    family = "anthropic" if provider == "anthropic" else "chat"
+    good = DELTAS[family][form].replace("TEXT", "b\\n")
+    for splice in SPLICES:
+        for place in range(len(good) + 1):
+            events = [*BEGINNINGS[family], good, good[:place] + splice + good[place:], good]
+            chunks = [f"data: {event}\n\n".encode() for event in events]
+            seen = told(decoder(provider, False, []), chunks), told(decoder(provider, True, []), chunks)
+            assert seen[0] == seen[1], events[-2]
+
+
 @pytest.mark.parametrize("family", DELTAS)
 def test_what_is_cut_out(family: str) -> None:
     """The short way is taken for the forms that providers send, again and again, and not for what says more."""
@@ -189,26 +207,40 @@ def spoilt(value: Any, edits: list[tuple[int, str, Any]]) -> Any:
     return copy
 
 
-@pytest.mark.parametrize("provider", ["openai", "groq", "cerebras"])
-@FUZZ
-@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(NAMES), st.sampled_from(ODD)), max_size=3))
-@example([])
-def test_whole_text(provider: str, edits: list[tuple[int, str, Any]]) -> None:
+def read(decode: Callable[..., Any], adapter: Adapter, body: Any, stop: list[str]) -> Any:
+    asked = {"model": MODELS[adapter.id], "messages": [{"role": "user", "content": "hi"}], "stop_sequences": stop}
+    try:
+        message = decode(adapter, body, providers.parse_request(asked)).to_wire()
+    except Error as fault:
+        return type(fault), fault.code, fault.message
+    return re.sub(r"msg_\w{24}", "made up", dumps(message).decode())
+
+
+def test_whole_text() -> None:
     """An answer that is one text is read as the detour over events reads it; any other is left to that."""
-    adapter, body = PROVIDERS[provider], spoilt(ANSWER, edits)
-    request = providers.parse_request({"model": MODELS[provider], "messages": [{"role": "user", "content": "hi"}]})
+    adapter = PROVIDERS["openai"]
+    assert isinstance(adapter, providers.Chat)
+    request = providers.parse_request({"model": MODELS["openai"], "messages": [{"role": "user", "content": "hi"}]})
+    assert adapter._only_text(ANSWER, request) is not None
+    for place, name, new in itertools.product(range(6), NAMES, ODD):
+        body = spoilt(ANSWER, [(place, name, new)])
+        assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, []), body
 
-    def read(decode: Callable[..., Any]) -> Any:
-        try:
-            message = decode(adapter, body, request).to_wire()
-        except Error as fault:
-            return type(fault), fault.code, fault.message
-        return re.sub(r"msg_\w{24}", "made up", dumps(message).decode())
 
-    assert read(type(adapter).decode) == read(Adapter.decode)
-    if not edits:
-        assert isinstance(adapter, providers.Chat)
-        assert adapter._only_text(body, request) is not None
+@pytest.mark.parametrize("body", [None, [], "x", {}, {"choices": []}, {"choices": ANSWER["choices"] * 2, "usage": {}}])
+@pytest.mark.parametrize("stop", [[], ["1", "2", "3", "4", "ll"]])
+def test_whole_text_of_another_form(body: Any, stop: list[str]) -> None:
+    for provider in ("openai", "groq", "cerebras"):
+        for answer in (body, ANSWER):
+            adapter = PROVIDERS[provider]
+            assert read(type(adapter).decode, adapter, answer, stop) == read(Adapter.decode, adapter, answer, stop)
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(NAMES), st.sampled_from(ODD)), min_size=2, max_size=4))
+def test_whole_text_fuzzed(edits: list[tuple[int, str, Any]]) -> None:
+    adapter, body = PROVIDERS["groq"], spoilt(ANSWER, edits)
+    assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, [])
 
 
 # == JSON ==============================================================================================================
@@ -224,7 +256,7 @@ values = st.recursive(
 @given(values)
 @example([[[0.1, 1e16, -0.0, "\x7f\u2028é"]]])
 @example(float("nan"))
-@example({"deep": __import__("functools").reduce(lambda inner, _: [inner], range(300), 0)})
+@example({"deep": functools.reduce(lambda inner, _: [inner], range(300), 0)})
 def test_request_body(value: Any) -> None:
     """With orjson a body says the same as without, and what JSON cannot say is the same error."""
     pytest.importorskip("orjson")
