@@ -564,16 +564,29 @@ def _hidden(value: Any) -> Any:
     return providers.Secret(value) if isinstance(value, str) else value
 
 
+def _give_up(request: web.Request) -> None:
+    """The caller does not read: with its connection the handler ends too."""
+    if request.transport:
+        request.transport.abort()
+
+
+class _EventResponse(web.StreamResponse):
+    _send_headers_immediately = False  # they go out with the first events, in one write
+
+
 class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
     def __init__(self, request: web.Request, ping_interval: float, write_timeout: float) -> None:
+        loop = asyncio.get_running_loop()
         self._request = request
         self._interval = ping_interval
         self._timeout = write_timeout
-        self._watchdog = providers.Watchdog(self._give_up)
-        self._clock = asyncio.get_running_loop().time
+        self._watchdog = providers.Watchdog(functools.partial(_give_up, request))
+        self._clock = loop.time
         self._lock = asyncio.Lock()  # between the answer and the pings
+        self._timer = loop.call_later(ping_interval, self._keep_alive)
+        self._pinger: asyncio.Task[None] | None = None  # of a stream that has lasted that long
         self._last = self._clock()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
@@ -583,7 +596,7 @@ class EventWriter:
         async with self._lock:
             if self.response is None:
                 headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.headers}
-                response = web.StreamResponse(headers=headers)
+                response = _EventResponse(headers=headers)
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
@@ -595,12 +608,10 @@ class EventWriter:
             self.sent += len(frames)
             self._last = self._clock()
 
-    def _give_up(self) -> None:
-        """The caller does not read: with its connection the handler ends too."""
-        if self._request.transport:
-            self._request.transport.abort()
+    def _keep_alive(self) -> None:
+        self._pinger = asyncio.create_task(self._ping())
 
-    async def keep_alive(self) -> None:
+    async def _ping(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
             silence = self._clock() - self._last
@@ -617,8 +628,13 @@ class EventWriter:
         if self.response is not None:
             await self.response.write_eof()
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """No more pings, and no watch over writes."""
         self._watchdog.close()
+        self._timer.cancel()
+        if self._pinger:
+            self._pinger.cancel()
+            await asyncio.gather(self._pinger, return_exceptions=True)
 
 
 # == The endpoints =====================================================================================================
@@ -675,7 +691,6 @@ class Gateway:
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
     ) -> web.StreamResponse:
         out = EventWriter(request, self.config.sse.ping_interval, self.config.timeouts.write)
-        pinger = asyncio.create_task(out.keep_alive())
         try:
             await self._copy(request, asked, keys, out)
         except Exception as raised:
@@ -688,9 +703,7 @@ class Gateway:
                 raise
             await out.fail(self._outlived())
         finally:
-            out.close()
-            pinger.cancel()
-            await asyncio.gather(pinger, return_exceptions=True)
+            await out.close()
         await out.end()
         request[EXCHANGE].sent = out.sent
         assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)

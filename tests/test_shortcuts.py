@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import itertools
 import json
 import re
@@ -11,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import Served
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import providers
+import server
+import vai
 from providers import PROVIDERS, Adapter, Error, SSEDecoder, StreamDecoder, TextCut, dumps, loads, sse_frame
 
 FUZZ = settings(deadline=None, database=None, derandomize=True, max_examples=150)
@@ -340,3 +344,29 @@ def test_watchdog_leaves_its_timer_alone(clock: Clock) -> None:
     assert clock.timers == 1
     clock.pass_to(clock.now + 100)
     assert not clock.due
+
+
+# == Memory ============================================================================================================
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_no_cycles(gateway: Served, stream: bool) -> None:
+    """What a request needed is let go when it ends, without the garbage collector."""
+    kinds = (vai.EventStream, server.EventWriter, server.Exchange, providers.Upstream, providers.MessageRequest)
+
+    def left() -> int:
+        return sum(type(item) in kinds for item in gc.get_objects())
+
+    await gateway.ask("openai", stream=stream)
+    gc.collect()
+    before = left()
+    gc.disable()
+    try:
+        for provider in ("openai", "anthropic", "gemini", "oai-resp"):
+            await gateway.ask(provider, stream=stream)
+        await gateway.gateway.idle.wait()
+        for _ in range(100):  # what is done may still have to be swept up
+            await asyncio.sleep(0)
+        assert left() <= before
+    finally:
+        gc.enable()
