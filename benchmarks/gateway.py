@@ -1,10 +1,11 @@
-"""What the gateway costs, beside a forwarder that only copies bytes.
+"""What the gateway costs, beside a forwarder that only copies bytes and the least that translates.
 
-    python benchmarks/gateway.py [--quick] [--json FILE]
+    python benchmarks/gateway.py [--quick] [--json FILE] [--litellm venv/bin/litellm]
 
-One run, on loopback, measures four things by turns: the real gateway (`server.py`, no auth, its access log to
-/dev/null) on its routes anthropic→anthropic and anthropic→openai, and a bare aiohttp forwarder that posts each body on
-and copies the answer back, on the same two upstreams. The upstream is canned: answers serialised beforehand, sent by
+One run, on loopback, measures by turns: the real gateway (`server.py`, no auth, its access log to /dev/null) on its
+routes anthropic→anthropic and anthropic→openai; a bare aiohttp forwarder that posts each body on and copies the answer
+back, on the same two upstreams; and a bare aiohttp translator of text, anthropic→openai. Where LiteLLM is installed (in
+an environment of its own, `pip install 'litellm[proxy]'`), also that. The upstream is canned: answers serialised beforehand, sent by
 a raw protocol. The load comes from raw protocols too, closed loop: each connection sends again once it has its answer.
 
     non-streaming            one answer of about 1.3 kB
@@ -12,8 +13,8 @@ a raw protocol. The load comes from raw protocols too, closed loop: each connect
     streaming, one by one    one event per write, paced so that each is read by itself: what live tokens cost
 
 How to read the tables: `CPU µs` is the processor time of the process under test (user and system, of all its threads)
-per request or per text delta, everything around it included; of all columns it is the steadiest, and `× CPU` is its
-ratio to the forwarder's on the same upstream in the same run. `busy` is how much of its core the process used: near
+per request or per text delta, everything around it included; of all columns it is the steadiest, and `× forwarder`,
+`× translator` are its ratios to theirs on the same upstream in the same run. `busy` is how much of its core the process used: near
 100 % the rate is the most it can do, and the latency is that of a full queue; one by one, the rate is the upstream's.
 `first` is the time to the first event. The process under test has one core, everything else shares the other one.
 Targets take turns, and of each one's rounds (3; 2 if quick) the one with the least CPU is shown: what else runs on the
@@ -31,6 +32,7 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -39,7 +41,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 DELTAS = 200
 DRIPS_PER_TICK = 4  # events per millisecond over all connections; far below what one core can do
@@ -352,6 +354,43 @@ async def serve_translator(upstream: str) -> None:
     await serve_app(app)
 
 
+# == LiteLLM ===========================================================================================================
+
+
+def become_litellm(command: str, upstream: str) -> NoReturn:
+    """Turn this process into LiteLLM's proxy, with one worker, no key and no log."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    model = {"model": f"openai/{MODELS['openai']}", "api_base": f"{upstream}/v1", "api_key": "sk-benchmark-not-a-key"}
+    config = {
+        "model_list": [{"model_name": MODELS["openai"], "litellm_params": model}],
+        "litellm_settings": {"telemetry": False, "use_chat_completions_url_for_anthropic_messages": True},
+    }
+    Path("litellm.json").write_bytes(packed(config))
+    say(f"listens on http://127.0.0.1:{port}")  # or will
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    environ = {
+        "HOME": os.getcwd(),
+        "PATH": os.environ.get("PATH", ""),
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
+    os.execve(command, [command, "--config", "litellm.json", "--host", "127.0.0.1", "--port", str(port)], environ)
+
+
+async def answering(url: str) -> None:
+    """Wait until something listens there."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    async with asyncio.timeout(120):
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+                return
+            await asyncio.sleep(0.2)
+
+
 # == The load ==========================================================================================================
 
 
@@ -520,7 +559,8 @@ async def check(target: Target) -> None:
                     break
                 got += data
         writer.close()
-        words = got.count(b"caf\\u00e9") if mode == "whole" else len(re.findall(rb'"(?:text|content)":"[^"]', got))
+        piece = rb"caf(?:\\u00e9|\xc3\xa9)" if mode == "whole" else rb'"(?:text|content)": ?"[^"]'
+        words = len(re.findall(piece, got))
         if words < (DELTAS // len(WORDS) if mode == "whole" else DELTAS):
             raise BenchmarkError(f"{target.name} to {target.upstream}, {mode}: {words} pieces of text in {got[:400]!r}")
 
@@ -586,6 +626,7 @@ class Plan:
     connections: tuple[int, ...]
     rounds: int
     seconds: float
+    litellm: str = ""
 
 
 async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> list[Cell]:
@@ -604,6 +645,10 @@ async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> lis
             )
             for name in ("forwarder", "translator")
         }
+        if plan.litellm:
+            command = [__file__, "--role", "litellm", "--upstream", upstream, "--litellm", plan.litellm]
+            floors["litellm"] = await stack.enter_async_context(running("litellm", tested, command, cwd=home))
+            await answering(floors["litellm"][0])
         command = [str(project / "server.py"), "--auth", "none", "--port", "0", "--log-format", "json"]
         gateway = await stack.enter_async_context(
             running("gateway", tested, command, env=gateway_environ(upstream, home), cwd=home)
@@ -612,7 +657,7 @@ async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> lis
             Target(name, provider, url, pid, f"{provider}/{model}" if name == "gateway" else model)
             for provider, model in MODELS.items()
             for name, (url, pid) in {**floors, "gateway": gateway}.items()
-            if (name, provider) != ("translator", "anthropic")
+            if provider == "openai" or name not in ("translator", "litellm")
         ]
         for target in targets:
             await check(target)
@@ -670,7 +715,7 @@ def loop_factory() -> Any:
 
 
 def report(cells: Sequence[Cell], told: dict[str, Any]) -> str:
-    lines = ["# The gateway beside a bare aiohttp forwarder", ""]
+    lines = ["# The gateway beside the least that forwards and translates", ""]
     lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in told.items()]
     lines += [f"- the load and the upstream together used {max(c.rest for c in cells):.0%} of their core at most"]
     for mode, title in TITLES.items():
@@ -709,8 +754,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the gateway beside a bare forwarder.")
     parser.add_argument("--quick", action="store_true", help="under 40 seconds instead of 3 minutes; rougher")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--litellm", default="", metavar="COMMAND", help="measure this LiteLLM, too")
     parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parent.parent, help=argparse.SUPPRESS)
-    parser.add_argument("--role", choices=tuple(ROLES), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=(*ROLES, "litellm"), help=argparse.SUPPRESS)
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -723,12 +769,15 @@ def say(text: str, stream: Any = None) -> None:
 
 def main() -> int:
     options = arguments()
+    if options.role == "litellm":
+        become_litellm(options.litellm, options.upstream)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         if options.role:
             runner.run(ROLES[options.role](options.upstream))
             return 0
         told = conditions()
-        plan = Plan((1, 16), 2, 0.45) if options.quick else Plan((1, 16, 64), 3, 0.9)
+        litellm = os.path.abspath(options.litellm) if options.litellm else ""
+        plan = Plan((1, 16), 2, 0.45, litellm) if options.quick else Plan((1, 16, 64), 3, 0.9, litellm)
         try:
             cells = runner.run(run(plan, options.project.resolve(), lambda text: say(text, sys.stderr)))
         except (BenchmarkError, TimeoutError, OSError) as fault:
