@@ -4,9 +4,10 @@
 
 One run, on loopback, measures by turns: the real gateway (`server.py`, no auth, its access log to /dev/null) on its
 routes anthropic→anthropic and anthropic→openai; a bare aiohttp forwarder that posts each body on and copies the answer
-back, on the same two upstreams; and a bare aiohttp translator of text, anthropic→openai. Where LiteLLM is installed (in
-an environment of its own, `pip install 'litellm[proxy]'`), also that. The upstream is canned: answers serialised beforehand, sent by
-a raw protocol. The load comes from raw protocols too, closed loop: each connection sends again once it has its answer.
+back, on the same two upstreams; and a bare aiohttp translator of text, anthropic→openai. LiteLLM too, if the command is
+given (`pip install 'litellm[proxy]'` in an environment of its own). The upstream is canned: answers serialised
+beforehand, sent by a raw protocol. The load comes from raw protocols too, closed loop: each connection sends again once
+it has its answer.
 
     non-streaming            one answer of about 1.3 kB
     streaming, at once       200 text deltas in one write, as fast as possible: what a busy gateway can do
@@ -14,11 +15,11 @@ a raw protocol. The load comes from raw protocols too, closed loop: each connect
 
 How to read the tables: `CPU µs` is the processor time of the process under test (user and system, of all its threads)
 per request or per text delta, everything around it included; of all columns it is the steadiest, and `× forwarder`,
-`× translator` are its ratios to theirs on the same upstream in the same run. `busy` is how much of its core the process used: near
-100 % the rate is the most it can do, and the latency is that of a full queue; one by one, the rate is the upstream's.
-`first` is the time to the first event. The process under test has one core, everything else shares the other one.
-Targets take turns, and of each one's rounds (3; 2 if quick) the one with the least CPU is shown: what else runs on the
-machine can only add to it.
+`× translator` are its ratios to theirs on the same upstream in the same run. `busy` is how much of its core the process
+used: near 100 % the rate is the most it can do, and the latency is that of a full queue; one by one, the rate is the
+upstream's. `first` is the time to the first event. The process under test has one core, everything else shares the
+other one. Targets take turns, and of each one's rounds (3; 2 if quick) the one with the least CPU is shown: what else
+runs on the machine can only add to it.
 
 Nothing here passes or fails by a time. The exit code is 1 only if something could not run or answered wrongly.
 """
