@@ -129,6 +129,7 @@ _strict = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
 _lenient = json.JSONDecoder(parse_int=float)
 _scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _strict).scan_once
 _encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
@@ -150,6 +151,29 @@ def loads(data: bytes | str) -> Any:
 def dumps(value: Any) -> bytes:
     """Compact ASCII JSON. NaN and infinity are a `ValueError`; a lone surrogate passes as its escape."""
     return _encoder.encode(value).encode("ascii")
+
+
+def dump_body(value: Any) -> bytes:
+    """What `dumps` says, for a request: where orjson is installed much faster, and in UTF-8.
+
+    orjson takes NaN for null, so what holds a null is written by `dumps`; as is what orjson refuses and JSON has: lone
+    surrogates, integers over 64 bits, deep nesting. What neither takes is the error of `dumps`.
+    """
+    if fast := _orjson_dumps():
+        with contextlib.suppress(TypeError):
+            raw = fast(value)
+            if b"null" not in raw:
+                return raw
+    return dumps(value)
+
+
+@functools.cache
+def _orjson_dumps() -> Callable[[Any], bytes] | None:
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return functools.partial(orjson.dumps, option=orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME)
 
 
 def too_deep(value: Any, limit: int) -> bool:
@@ -1016,11 +1040,11 @@ class MessageRequest(_Request):
     system: Annotated[
         Annotated[str, Tag("#string")] | Annotated[list[TextBlock], Tag("#blocks")], Discriminator(_text_or_blocks)
     ] = ""
-    stop_sequences: _Words = []
+    stop_sequences: _Words = Field(default_factory=list)
     metadata: Metadata | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    tools: list[Tool] = []
+    tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -1029,8 +1053,8 @@ class MessageRequest(_Request):
     output_format: OutputFormat | None = None
     output: Output | None = None
     voice: JSON | None = None
-    extensions: dict[str, JSON] = {}
-    provider_keys: dict[str, str] = Field(default={}, repr=False)
+    extensions: dict[str, JSON] = Field(default_factory=dict)
+    provider_keys: dict[str, str] = Field(default_factory=dict, repr=False)
 
     # What `parse_request` finds out stands in the instance's own dict, where reading it costs nothing.
 
@@ -1137,15 +1161,19 @@ class MessageRequest(_Request):
         return self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks of all turns; a turn that is a plain string has none."""
+        return [block for turn in self.messages if not isinstance(turn.content, str) for block in turn.content]
+
+    @property
     def thinks_back(self) -> bool:
         """Whether the history carries reasoning."""
-        return any(isinstance(b, (ThinkingBlock, RedactedThinkingBlock)) for m in self.messages for b in m.blocks)
+        return any(isinstance(block, (ThinkingBlock, RedactedThinkingBlock)) for block in self.blocks)
 
     @property
     def tool_names(self) -> dict[str, str]:
         """Tool-call id → name of the tool, over the whole history."""
-        calls = (b for m in self.messages for b in m.blocks if isinstance(b, ToolUseBlock))
-        return {call.id: call.name for call in calls}
+        return {block.id: block.name for block in self.blocks if isinstance(block, ToolUseBlock)}
 
 
 @dataclass(slots=True)
@@ -1231,13 +1259,14 @@ def parse_request(
 def split_model(model: str, aliases: Iterable[str] = ()) -> tuple[str, str]:
     """`provider/model`, cut at the first slash. Raises `InvalidRequestError` for anything else."""
     provider, slash, name = model.partition("/")
-    shown = _printable(model, 100)
     if not slash or not provider or not name:
         also = f", or one of the aliases {', '.join(sorted(aliases))}" if aliases else ""
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"model must be 'provider/model'{also}; got {shown!r}", param="model")
     if provider not in PROVIDERS:
         raise InvalidRequestError(f"unknown provider {provider[:40]!r}; known: {', '.join(PROVIDERS)}", param="model")
     if len(model) > 256 or not MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"{shown!r} is not a model name in the form provider/model", param="model")
     return provider, name
 
@@ -2415,7 +2444,7 @@ class Adapter:
 
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
-        blocks = [block for message in request.messages for block in message.blocks]
+        blocks = request.blocks
         inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
@@ -2430,7 +2459,7 @@ class Adapter:
     def posted(self, request: MessageRequest, url: str, headers: Mapping[str, str], body: JSON) -> HTTPRequest:
         """The finished request, with the caller's `extensions` for this provider merged in."""
         extra = request.extensions.get(self.id) or {}
-        raw = dumps(_merged(body, extra) if extra else body)
+        raw = dump_body(_merged(body, extra) if extra else body)
         return HTTPRequest(url, {"Content-Type": "application/json", **headers}, raw)
 
 
@@ -2526,6 +2555,38 @@ class StreamDecoder:
 
     def end(self) -> list[StreamEvent]:
         raise StreamTruncated(provider=self.provider)
+
+
+class TextCut:
+    """Cuts the text out of an event that says nothing else, which is nine in ten, instead of reading all of it.
+
+    `before` matches what may stand before the text, up to and with its opening quote, `after` what may follow its
+    closing one; they match nothing that would have another meaning as JSON. What matched is remembered: within a stream
+    it hardly changes. Anything unusual is None and goes the plain way, which gives the same.
+    """
+
+    __slots__ = ("_after", "_before", "_head", "_tail", "head")
+
+    def __init__(self, before: re.Pattern[str], after: re.Pattern[str]) -> None:
+        self._before, self._after = before, after
+        self._head = self._tail = "\0"  # which no event begins with
+        self.head: re.Match[str] | None = None
+
+    def text(self, data: str) -> str | None:
+        """The text, unescaped. Raises `ValueError` where it is no JSON string, as reading all of it would."""
+        if not data.startswith(self._head):
+            self.head = self._before.match(data)
+            if self.head is None:
+                self._head = "\0"
+                return None
+            self._head = self.head[0]
+        text, end = _scan_string(data, len(self._head), True)
+        tail = data[end:]
+        if tail != self._tail:
+            if not self._after.fullmatch(tail):
+                return None
+            self._tail = tail
+        return text
 
 
 class StopCutter:
@@ -2668,8 +2729,7 @@ class Anthropic(Adapter):
         if missing := {"image", "audio"} & request.modalities:
             raise self.refuse(f"{min(missing)} output", f"{min(missing)}_output", "output.modalities")
         last = request.messages[-1]
-        paused = bool(last.blocks) and isinstance(last.blocks[-1], ServerBlock)  # a `pause_turn` goes on like this
-        if last.role == "assistant" and not traits.prefill and not paused:
+        if last.role == "assistant" and not traits.prefill and not _paused(last.blocks):
             raise unsupported(
                 f"a last message of the assistant (prefill) with {request.model_name}", self.id, param="messages"
             )
@@ -2829,6 +2889,11 @@ ANTHROPIC_BETAS = {
 }
 
 
+def _paused(blocks: Sequence[Block]) -> bool:
+    """Whether a turn of the assistant ended as `pause_turn`, and is to go on."""
+    return bool(blocks) and isinstance(blocks[-1], ServerBlock)
+
+
 def anthropic_messages(request: MessageRequest) -> list[JSON]:
     """The caller's messages without what Claude has no form for; whatever stays keeps its bytes."""
     out: list[JSON] = []
@@ -2917,6 +2982,12 @@ def known_stop(reason: Any, content: bool) -> str:
     return "end_turn"
 
 
+_ANTHROPIC_BEFORE = re.compile(
+    r'\{"type":"content_block_delta","index":(0|[1-9][0-9]{0,8}),"delta":\{"type":"text_delta","text":"'
+)
+_ANTHROPIC_AFTER = re.compile(r"\} *\}")  # Anthropic pads its events with spaces
+
+
 class AnthropicDecoder(StreamDecoder):
     """Anthropic's own events, their grammar written anew: what came out of order goes out in order, or is an error."""
 
@@ -2924,11 +2995,17 @@ class AnthropicDecoder(StreamDecoder):
         super().__init__(adapter, request)
         self._usage: JSON = {}
         self._stop: JSON = {}
+        self._texts = TextCut(_ANTHROPIC_BEFORE, _ANTHROPIC_AFTER)
+
+    def read(self, sse: SSE) -> list[StreamEvent]:
+        if (text := self._texts.text(sse.data)) is not None and self._texts.head:
+            return self._delta(int(self._texts.head[1]), TextDelta(text))
+        return self.chunk(loads(sse.data))
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         match chunk["type"]:
             case "content_block_delta":
-                return self._delta(chunk["index"], chunk["delta"])
+                return self._delta(chunk["index"], _delta_from_wire(chunk["delta"]))
             case "content_block_start":
                 block = chunk["content_block"]
                 if not self.build.started or self.build.is_open(chunk["index"]):
@@ -2960,10 +3037,10 @@ class AnthropicDecoder(StreamDecoder):
         more = {key: value for key, value in message.items() if key not in named}
         return self.build.start(message.get("id"), message.get("model"), self._usage, **more)
 
-    def _delta(self, index: Any, delta: JSON) -> list[StreamEvent]:
+    def _delta(self, index: Any, delta: Delta) -> list[StreamEvent]:
         if not self.build.is_open(index):
             raise ValueError("a delta for a block that is not open")
-        return self.build.delta(index, _delta_from_wire(delta))
+        return self.build.delta(index, delta)
 
 
 # == OpenAI Chat Completions (also Groq, Cerebras) =====================================================================
@@ -2978,6 +3055,10 @@ CHAT_STOP_REASONS = {
 }
 CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}  # tool: a native one
 AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
+
+
+# What a message may say beside its content.
+_CHAT_MORE = ("reasoning_content", "reasoning", "executed_tools", "refusal", "annotations", "tool_calls", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -3030,6 +3111,35 @@ class Chat(Adapter):
 
     def decoder(self, request: MessageRequest) -> StreamDecoder:
         return ChatDecoder(self, request)
+
+    def decode(self, body: Any, request: MessageRequest) -> Message:
+        return self._only_text(body, request) or Adapter.decode(self, body, request)
+
+    def _only_text(self, body: Any, request: MessageRequest) -> Message | None:
+        """An answer that is one text, as most are, read without the detour over events; None for any other."""
+        if not isinstance(body, dict) or "error" in body or "x_groq" in body or self.cut_stops(request):
+            return None
+        choices, usage, id = body.get("choices"), body.get("usage"), body.get("id")
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+        message = choice.get("message") if isinstance(choice, dict) and not choice.get("index") else None
+        if not isinstance(choice, dict) or not isinstance(message, dict) or not isinstance(usage, dict):
+            return None
+        text, reason = message.get("content"), choice.get("finish_reason")
+        plain = type(text) is str and type(reason) is str and type(id) is str and "delta" not in choice
+        if not plain or not text or not id or reason not in CHAT_STOP_REASONS or any(map(message.get, _CHAT_MORE)):
+            return None
+        return Message.model_validate(
+            {
+                "id": id,
+                "type": "message",
+                "role": "assistant",
+                "model": f"{self.id}/{body.get('model') or request.model_name}",
+                "content": [{"type": "text", "text": text}],
+                "stop_reason": CHAT_STOP_REASONS[reason],
+                "stop_sequence": None,
+                "usage": chat_usage(usage),
+            }
+        )
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
         tools = [chat_tool(tool) for tool in request.functions]
@@ -3163,14 +3273,20 @@ def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> l
             else:
                 out.append(turn)
             continue
-        for block in message.blocks:
+        if isinstance(message.content, str):
+            if message.content:
+                held.append({"role": "user" if message.role == "user" else system_role, "content": message.content})
+            if not unanswered:
+                out += _chat_held(media, held)
+            continue
+        for block in message.content:
             if isinstance(block, ToolResultBlock):
                 text, more = _chat_result(block, adapter)
                 id = portable_id(block.tool_use_id)
                 out.append({"role": "tool", "tool_call_id": id, "content": text})
                 unanswered.discard(id)
                 media += more
-        rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
+        rest = [block for block in message.content if not isinstance(block, ToolResultBlock)]
         if parts := [part for block in rest for part in chat_parts(block, adapter)]:
             if message.role == "user":
                 held.append({"role": "user", "content": _chat_content(parts)})
@@ -3215,7 +3331,9 @@ def _chat_content(parts: list[JSON]) -> str | list[JSON]:
 
 
 def _chat_assistant(message: MessageParam, adapter: Chat) -> JSON | None:
-    blocks = message.blocks
+    if isinstance(message.content, str):
+        return {"role": "assistant", "content": message.content} if message.content else None
+    blocks = message.content
     text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
     if not text:
         text = "".join(block.transcript or "" for block in blocks if isinstance(block, AudioBlock))
@@ -3334,6 +3452,15 @@ def execution_result(stdout: str, stderr: str = "") -> JSON:
     return {"type": "code_execution_result", "stdout": stdout, "stderr": stderr, "return_code": code, "content": []}
 
 
+# A chunk with a text and nothing else: its other members are plain values that say nothing in the middle of an answer.
+_CHAT_MEMBER = (
+    r'"(?:usage":null|(?!choices"|error"|usage"|x_groq")[a-z_]+":'
+    r'(?:null|"[^"\\\x00-\x1f]*"|0|[1-9][0-9]{0,17}))'
+)
+_CHAT_BEFORE = re.compile(r"\{(?:" + _CHAT_MEMBER + r',)*"choices":\[\{(?:"index":0,)?"delta":\{"content":"')
+_CHAT_AFTER = re.compile(r'\}(?:,"(?:index":0|logprobs":null|finish_reason":null))*\}\](?:,' + _CHAT_MEMBER + r")*\}")
+
+
 class ChatDecoder(StreamDecoder):
     """`chat.completion.chunk`s, or one `chat.completion`: its message reads as a delta that says everything at once."""
 
@@ -3346,12 +3473,15 @@ class ChatDecoder(StreamDecoder):
         self._early: dict[int, tuple[Any, str]] = {}  # index → (id, arguments) of a call whose name is still to come
         self._audio: list[bytes] = []
         self._transcript = ""
+        self._texts = TextCut(_CHAT_BEFORE, _CHAT_AFTER)
 
     @property
     def ending(self) -> bool:
         return bool(self._stop_reason)
 
     def read(self, sse: SSE) -> list[StreamEvent]:
+        if self.build.started and (text := self._texts.text(sse.data)) is not None:
+            return self._delta({"content": text})
         return self.end() if sse.data.strip() == "[DONE]" else self.chunk(loads(sse.data))
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
@@ -4801,6 +4931,44 @@ def _url(text: str) -> yarl.URL:
     return yarl.URL(text, encoded=True)
 
 
+class Watchdog:
+    """A time limit on many waits, one after another: `start(until)`, `stop()`. Calls `expired` if a wait is too long.
+
+    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer.
+    """
+
+    __slots__ = ("_expired", "_loop", "_rings", "_timer", "_until")
+
+    def __init__(self, expired: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._expired = expired
+        self._until = math.inf
+        self._rings = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, until: float) -> None:
+        """A wait begins, that is to end before the loop's clock says `until`."""
+        self._until = until
+        if until < self._rings:
+            self.close()
+            self._rings, self._timer = until, self._loop.call_at(until, self._ring)
+
+    def stop(self) -> None:
+        self._until = math.inf
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings, self._timer = math.inf, None
+
+    def _ring(self) -> None:
+        until, self._rings, self._timer = self._until, math.inf, None
+        if until <= self._loop.time():
+            self._expired()
+        else:
+            self.start(until)
+
+
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
@@ -4812,6 +4980,8 @@ class Upstream:
         self._provider = provider
         self._idle = idle
         self._deadline = deadline
+        self._clock = asyncio.get_running_loop().time
+        self._watchdog = Watchdog(lambda: response.content.set_exception(TimeoutError()))
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -4831,9 +5001,8 @@ class Upstream:
             if (data := content.read_nowait()) or content.at_eof():
                 return data
             wait = self._idle if patience is None else patience
-            until = min(asyncio.get_running_loop().time() + wait, self._deadline)
-            async with asyncio.timeout_at(until):
-                return await content.readany()
+            self._watchdog.start(min(self._clock() + wait, self._deadline))
+            return await content.readany()
         except TimeoutError:
             raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
         except self._broken:
@@ -4842,6 +5011,8 @@ class Upstream:
                 provider=self._provider,
                 code="connection_broken",
             ) from None
+        finally:
+            self._watchdog.stop()
 
     async def read(self, limit: int = 64 << 20) -> bytes:
         """The whole body. Raises `ProviderError` (`answer_too_large`) over `limit` bytes."""
@@ -4873,6 +5044,7 @@ class Upstream:
 
     def abort(self) -> None:
         """Let go: closed at once, unless the whole body was read and the connection is back in the pool."""
+        self._watchdog.close()
         self._response.close()
 
 

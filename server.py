@@ -488,8 +488,8 @@ def presented_key(request: web.Request) -> providers.Secret | None:
 def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageRequest) -> dict[str, providers.Secret]:
     """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider."""
     prefix, byok = "x-provider-key-", PROVIDERS[asked.provider].byok
-    given = ((name.lower(), providers.Secret(value)) for name, value in request.headers.items())
-    keys = vai.byok({name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)})
+    given = ((name.lower(), value) for name, value in request.headers.items())
+    keys = vai.byok({name.removeprefix(prefix): providers.Secret(v) for name, v in given if name.startswith(prefix)})
     if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
         keys |= vai.byok({byok[0]: caller.key})
     return keys
@@ -1247,23 +1247,23 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise InvalidRequestError(message, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
-    too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
     if (request.content_length or 0) > limits.max_body_bytes:
-        raise too_large
+        raise too_large(limits)
     await _continue(request)
     part, parts, size = b"", [], 0
     if request.content.is_eof():  # it came with the head, as nearly always
         part = request.content.read_nowait()
         parts, size = [part], len(part)
         if size > limits.max_body_bytes:
-            raise too_large
+            raise too_large(limits)
     try:
-        async with contextlib.nullcontext() if parts else asyncio.timeout(seconds):
-            async for part in request.content.iter_any():
-                parts.append(part)
-                size += len(part)
-                if size > limits.max_body_bytes:
-                    raise too_large
+        if not parts:
+            async with asyncio.timeout(seconds):
+                async for part in request.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limits.max_body_bytes:
+                        raise too_large(limits)
     except TimeoutError:
         slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
         slow.status = 408
@@ -1278,6 +1278,10 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+def too_large(limits: LimitsSection) -> Error:
+    return providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
 
 
 async def off_loop(size: int, work: Callable[..., T], *given: Any) -> T:
@@ -1313,14 +1317,22 @@ def _hidden(value: Any) -> Any:
     return providers.Secret(value) if isinstance(value, str) else value
 
 
+class _EventResponse(web.StreamResponse):
+    _send_headers_immediately = False  # they go out with the first events, in one write
+
+
 class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
     def __init__(self, request: web.Request, ping_interval: float) -> None:
+        loop = asyncio.get_running_loop()
         self._request = request
         self._interval = ping_interval
+        self._clock = loop.time
         self._lock = asyncio.Lock()  # between the answer and the pings
-        self._last = time.monotonic()
+        self._timer = loop.call_later(ping_interval, self._keep_alive)
+        self._pinger: asyncio.Task[None] | None = None  # of a stream that has lasted that long
+        self._last = self._clock()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
         self.sent = 0
@@ -1329,18 +1341,21 @@ class EventWriter:
         async with self._lock:
             if self.response is None:
                 headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.headers}
-                response = web.StreamResponse(headers=headers)
+                response = _EventResponse(headers=headers)
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
             await self.response.write(frames)
             self.sent += len(frames)
-            self._last = time.monotonic()
+            self._last = self._clock()
 
-    async def keep_alive(self) -> None:
+    def _keep_alive(self) -> None:
+        self._pinger = asyncio.create_task(self._ping())
+
+    async def _ping(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
-            silence = time.monotonic() - self._last
+            silence = self._clock() - self._last
             if silence < self._interval:
                 await asyncio.sleep(self._interval - silence)
             else:
@@ -1353,6 +1368,13 @@ class EventWriter:
     async def end(self) -> None:
         if self.response is not None:
             await self.response.write_eof()
+
+    async def close(self) -> None:
+        """No more pings, and no watch over writes."""
+        self._timer.cancel()
+        if self._pinger:
+            self._pinger.cancel()
+            await asyncio.gather(self._pinger, return_exceptions=True)
 
 
 # == Connections =======================================================================================================
@@ -1585,7 +1607,6 @@ class Gateway:
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
     ) -> web.StreamResponse:
         out = EventWriter(request, self.config.sse.ping_interval)
-        pinger = asyncio.create_task(out.keep_alive())
         try:
             await self._copy(request, asked, keys, out)
         except Exception as raised:
@@ -1598,8 +1619,7 @@ class Gateway:
                 raise
             await out.fail(self._outlived())
         finally:
-            pinger.cancel()
-            await asyncio.gather(pinger, return_exceptions=True)
+            await out.close()
         await out.end()
         request[EXCHANGE].sent = out.sent
         assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)
