@@ -877,7 +877,7 @@ async def test_interrupted_in_its_text(world: World, partial: str, mode: str, ki
     assert said.endswith("so.")  # without an answer between them, both messages are one turn for the sandbox
     assert (out.result.stop_reason, len(out.result.steps)) == ("end_turn", 1)
     assert out.order == f"step_start answer interrupted {ONE} run_complete"
-    assert [event.partial for event in out.events if event.type == "interrupted"] == ["".join(KEPT[partial])]
+    assert [event.kept for event in out.events if event.type == "interrupted"] == ["".join(KEPT[partial])]
     world.hung_up()
     assert out.result.usage.input_tokens > out.result.steps[0].response.usage.input_tokens
     await check_history(out.result.messages, models=EVERY_MODEL if mode == "direct" else [CLAUDE])

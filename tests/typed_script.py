@@ -131,8 +131,8 @@ def blocking() -> None:
                     case vai.StepComplete(index, step):
                         assert_type(index, int)
                         assert_type(run.interrupt("[say Then this.]", partial="marked"), bool)
-                    case vai.Interrupted(partial):
-                        assert_type(partial, str)
+                    case vai.Interrupted(kept):
+                        assert_type(kept, str)
                         run.cancel()
                     case vai.RunComplete(result):
                         assert_type(result, vai.RunResult)
