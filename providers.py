@@ -1482,10 +1482,7 @@ class OtherDelta:
     """A delta that vai does not know, as it came."""
 
     raw: JSON
-
-    @property
-    def type(self) -> str:
-        return str(self.raw.get("type"))
+    type: ClassVar[Literal["other"]] = "other"
 
 
 Delta: TypeAlias = TextDelta | InputJSONDelta | ThinkingDelta | SignatureDelta | CitationsDelta | OtherDelta
@@ -2233,6 +2230,7 @@ _SIGNATURE_REFUSED = re.compile(
 )
 _REFUSAL_WORDS = re.compile(
     r"(?i)unsupported|not supported|does not support|not permitted|not allowed|unknown|unrecognized|deprecated|rejected"
+    r"|expected .thinking. or .redacted_thinking."  # of a tool loop that began without
 )
 
 
@@ -3595,7 +3593,7 @@ def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
                         "name": block.name,
                         "arguments": arguments,
                     }
-                    | following
+                    | {name: value for name, value in following.items() if name != "phase"}
                 )
             case ImageBlock(source=Base64Source(data=data)) if (
                 items and items[-1].get("type") == "image_generation_call"

@@ -1900,6 +1900,7 @@ class AsyncRun:
         if self._keep == "discard" or not said.strip():
             return ""
         said += " [interrupted]" if self._keep == "marked" else ""
+        self._drop_unanswered()
         self.result.messages.append({"role": "assistant", "content": [text(said)]})
         return said
 
