@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     import aiohttp
     import yarl
 
-__all__ = [
+    import vai
+
+__all__: list[str] = [
     "ERRORS",
     "JSON",
     "PROVIDERS",
@@ -267,7 +269,7 @@ class Error(Exception):
         self.request_id = request_id
         self.block: Any = None  # the block of the request that is at fault, until its place is known
         self.begun = False  # the answer had begun: asking again would be paid for twice
-        self.result: Any = None  # of a run that it ended: the `RunResult` so far
+        self.result: vai.RunResult | Message | None = None  # of a run: what there is so far; of `extract`: the answer
 
     @property
     def about_key(self) -> bool:
@@ -4584,7 +4586,7 @@ class Transport:
         loop = asyncio.get_running_loop()
         if (session := self._sessions.get(loop)) is None:
             for ended in [known for known in self._sessions if known.is_closed()]:
-                del self._sessions[ended]
+                _close_ended(self._sessions.pop(ended))
             session = self._sessions[loop] = self._open_session()
         return session
 
@@ -4657,8 +4659,23 @@ class Transport:
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
         self._closed = True
-        if session := self._sessions.pop(asyncio.get_running_loop(), None):
-            await session.close()
+        here = asyncio.get_running_loop()
+        while self._sessions:
+            loop, session = self._sessions.popitem()
+            if loop is here:
+                await session.close()
+            elif loop.is_closed():
+                _close_ended(session)
+            elif loop.is_running():  # on another thread
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(session.close(), loop))
+            else:
+                await asyncio.to_thread(loop.run_until_complete, session.close())
+
+
+def _close_ended(session: aiohttp.ClientSession) -> None:
+    """Close a session whose loop has ended: there is nothing to wait for."""
+    with contextlib.suppress(StopIteration):
+        session.close().send(None)
 
 
 _TRANSPORTS: weakref.WeakSet[Transport] = weakref.WeakSet()

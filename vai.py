@@ -58,6 +58,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Concatenate,
     Generic,
     Literal,
     NotRequired,
@@ -152,6 +153,7 @@ T = TypeVar("T")
 
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R_co = TypeVar("R_co", covariant=True)
 
 
@@ -180,6 +182,12 @@ class Tool(Generic[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         return self.function(*args, **kwargs)
 
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: Tool[Concatenate[Any, Q], R_co], instance: object, owner: type | None = None
+    ) -> Tool[Q, R_co]: ...
     def __get__(self, instance: object, owner: type | None = None) -> Tool[..., R_co]:
         """Of a method: the tool of the object, whose `self` is no input of the model's."""
         if instance is None:
@@ -1241,6 +1249,7 @@ class AsyncMessages:
     ) -> Extracted[Any]:
         """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
 
+        Of a `Literal` or a union, type checkers see `Any`: they are no classes; annotate the variable.
         An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
         `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
         """
@@ -2571,6 +2580,7 @@ class SyncMessages:
     ) -> Extracted[Any]:
         """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
 
+        Of a `Literal` or a union, type checkers see `Any`: they are no classes; annotate the variable.
         An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
         `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
         """

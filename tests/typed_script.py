@@ -50,6 +50,8 @@ class Place(TypedDict):
 assert_type(weather("Oslo", unit="f"), str)
 assert_type(weather.input_schema, dict[str, Any])
 desk = Desk()
+assert_type(desk.ask("tea"), str)
+desk.ask(7)  # type: ignore[arg-type]
 TOOLS: list[vai.ToolLike] = [
     weather,
     distance,
@@ -89,7 +91,7 @@ def blocking() -> None:
             assert_type(stream, vai.MessageStream)
             for event in stream:
                 assert_type(event, vai.StreamEvent)
-                if isinstance(event, vai.ContentBlockDelta) and isinstance(event.delta, vai.TextDelta):
+                if event.type == "content_block_delta" and event.delta.type == "text_delta":
                     assert_type(event.delta.text, str)
             assert_type(stream.text, Iterator[str])
             assert_type(stream.final(), vai.Message)
@@ -109,6 +111,19 @@ def blocking() -> None:
             before_call=before,
             after_response=after,
             on_tool_call=log,
+        )
+        client.messages.run(
+            model=MODEL,
+            messages="[say Hi.]",
+            max_tool_calls=None,
+            max_turns=None,
+            max_total_tokens=None,
+            timeout=None,
+            stop_when=None,
+            tool_timeout=None,
+            before_call=None,
+            after_response=None,
+            on_tool_call=None,
         )
         assert_type(result, vai.RunResult)
         assert_type(result.response, vai.Message | None)
@@ -174,6 +189,8 @@ def blocking() -> None:
             assert_type(error.status, int)
             assert_type(error.param, str | None)
             assert_type(error.code, str | None)
+            assert isinstance(error.result, vai.RunResult)
+            assert_type(error.result.messages, list[dict[str, Any]])
         except vai.Error as error:
             assert_type(error.provider, str | None)
             raise
