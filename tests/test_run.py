@@ -749,6 +749,51 @@ def test_ctrl_c_in_a_tool_goes_to_the_caller() -> None:
     assert [type(fault) for fault in raised] == [KeyboardInterrupt]
 
 
+@both_kinds
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", ["before_call", "after_response", "stop_when", "on_tool_call"])
+def test_what_ends_a_program_goes_to_the_caller(hook: str, fault: type[BaseException], kind: str) -> None:
+    """Out of whichever task a hook runs in, and the client can be used on."""
+
+    def raising(*values: Any) -> None:
+        raise fault
+
+    request: Any = {"model": CLAUDE, "messages": "Hi", "tools": [weather], hook: raising}
+    answers = [vai.tool_use("weather", city="Oslo")], "So.", "So."
+    if kind == "sync":
+        with vai.Client(engine=vai.FakeModel(*answers)) as client:
+            with pytest.raises(fault):
+                client.messages.run(**request)
+            assert client.models.list()
+    else:
+        with pytest.raises(fault), asyncio.Runner() as runner:
+            runner.run(vai.AsyncClient(engine=vai.FakeModel(*answers)).messages.run(**request))
+
+
+@both_kinds
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_tool_that_cancels_itself(world: World, waits: bool, kind: str) -> None:
+    """It is a tool that failed; neither the other tools nor the run are cancelled with it."""
+
+    @vai.tool
+    async def give() -> str:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        if waits:
+            await asyncio.sleep(5)
+        return "too late"
+
+    seen: list[Any] = []
+    out = await ran(
+        world, "run" if kind == "async" else "sync run", f"[tool give]{OSLO}[then][say So.]", tools=[give, weather],
+        on_tool_call=lambda name, input, output, error: seen.append(error),
+    )  # fmt: skip
+    assert out.results == ["The tool was cancelled.", RAIN[0]]
+    assert (out.result.stop_reason, out.result.text) == ("end_turn", "So.")
+    assert sorted(map(str, seen)) == ["None", "The tool was cancelled."]
+
+
 BAD_CALLS = {
     "[tool nothing {}]": "There is no tool 'nothing' that can be run. Tools: weather, distance",
     "[tool weather {}]": "city: Field required",
@@ -821,7 +866,7 @@ async def test_a_run_inside_a_tool(world: World, kind: str) -> None:
 
 
 def test_a_client_does_not_wait_for_itself(world: World) -> None:
-    """In an async tool a Client would wait for ever for its own loop; instead the model is told, and the run goes on."""
+    """In an async tool a Client would wait for ever for its own loop; instead the model is told, and it goes on."""
     with vai.Client() as client:
 
         @vai.tool
@@ -967,6 +1012,155 @@ async def test_interrupted_after_cancelling(world: World, kind: str) -> None:
 
     out = await ran(world, "run_stream" if kind == "async" else "sync run_stream", SAYING, watch=watch)
     assert (out.result.stop_reason, taken) == ("cancelled", [False])
+
+
+@both_kinds
+async def test_cancelled_by_a_hook(world: World, kind: str) -> None:
+    """No call begins after it, and none is told of."""
+    runs: list[Any] = []
+    out = await ran(
+        world, "run_stream" if kind == "async" else "sync run_stream", f"{OSLO}[then]",
+        watch=lambda run, event: runs.append(run), after_response=lambda response: runs[0].cancel(),
+    )  # fmt: skip
+    assert (out.result.stop_reason, out.results) == ("cancelled", ["Not finished: the run was cancelled."])
+    assert out.order == f"{ONE.replace(' step_complete', '')} run_complete"
+    assert out.result.tool_call_count == 0
+
+
+async def test_an_end_comes_before_a_time_limit() -> None:
+    """An answer that was whole in time is the end, however long its hook takes."""
+    async with vai.AsyncClient(engine=vai.FakeModel("So.")) as client:
+
+        async def long(response: vai.Message) -> None:
+            await asyncio.Event().wait()
+
+        result = await client.messages.run(model=CLAUDE, messages="Hi", after_response=long, timeout=0.05)
+    assert (result.stop_reason, result.text) == ("end_turn", "So.")
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("script", "last", "reason"),
+    [
+        ("[say So.]", "message_stop", "end_turn"),
+        ("[say So.]", "step_complete", "end_turn"),
+        (f"{OSLO}[then]", "message_stop", "cancelled"),
+        (f"{OSLO}[then]", "tool_result", "cancelled"),
+    ],
+)
+async def test_left_after_a_whole_answer(world: World, script: str, last: str, reason: str, kind: str) -> None:
+    """It is kept, with the reason that was settled by then; a call that was not run says so."""
+    if kind == "async":
+        async with vai.AsyncClient() as client:
+            async with client.messages.run_stream(model=CLAUDE, messages=script, tools=TOOLS) as run:
+                async for event in run:
+                    if event.type == last:
+                        break
+        result = run.result
+    else:
+        with vai.Client() as blocking:
+            with blocking.messages.run_stream(model=CLAUDE, messages=script, tools=TOOLS) as running:
+                for event in running:
+                    if event.type == last:
+                        break
+            result = running.result
+    assert (result.stop_reason, len(result.steps)) == (reason, 1)
+    assert result.messages[1]["role"] == "assistant"
+    assert result.usage.total_tokens > 0
+    await check_history(result.messages, models=[CLAUDE])
+
+
+async def test_closed_while_another_task_reads(world: World) -> None:
+    """Closing waits for the end; whoever reads meanwhile comes to its end too."""
+    client = vai.AsyncClient()
+    run = client.messages.run_stream(model=CLAUDE, messages="[tool stuck]", tools=TOOLS, tool_timeout=None)
+    began = asyncio.Event()
+    events: list[str] = []
+
+    async def read() -> None:
+        async for event in run:
+            events.append(event.type)
+            if event.type == "tool_call_start":
+                began.set()
+
+    async with run:
+        reading = asyncio.create_task(read())
+        await began.wait()
+        await run.close()
+        assert run.result.stop_reason == "cancelled"
+        check_pairs(run.result.messages)
+    await asyncio.wait_for(reading, 5)
+    assert events[-1] == "run_complete"
+    await client.close()
+
+
+def test_closed_while_another_thread_reads(world: World) -> None:
+    client = vai.Client()
+    run = client.messages.run_stream(model=CLAUDE, messages="[tool stuck]", tools=TOOLS, tool_timeout=None)
+    began, events = threading.Event(), []
+
+    def read() -> None:
+        for event in run:
+            events.append(event.type)
+            if event.type == "tool_call_start":
+                began.set()
+
+    with run:
+        reading = threading.Thread(target=read)
+        reading.start()
+        assert began.wait(5)
+    assert run.result.stop_reason == "cancelled"
+    reading.join(5)
+    assert events[-1] == "run_complete"
+    client.close()
+
+
+@both_kinds
+@pytest.mark.parametrize("end", ["cancel", "tool_timeout"])
+async def test_a_run_inside_a_tool_ends_with_it(world: World, end: str, kind: str) -> None:
+    """Also where it is a function on a thread, which itself cannot be ended: what it asks of a client is."""
+    inner = vai.Client()
+    ended: list[BaseException] = []
+    over = threading.Event()
+
+    @vai.tool
+    def ask() -> str:
+        try:
+            return inner.messages.run(model=CLAUDE, messages="[hang]").text
+        except BaseException as fault:
+            ended.append(fault)
+            raise
+        finally:
+            over.set()
+
+    runs: list[Any] = []
+
+    def stop() -> None:
+        world.request(2)
+        if end == "cancel":
+            runs[0].cancel()
+
+    async with vai.AsyncClient() as client:
+        limits: Any = {"tool_timeout": 0.1 if end == "tool_timeout" else None, "max_turns": 2}
+        prompt = "[tool ask][then][say So.]"
+        if kind == "async":
+            async with client.messages.run_stream(model=CLAUDE, messages=prompt, tools=[ask], **limits) as run:
+                async for event in run:
+                    if event.type == "tool_call_start" and end == "cancel":
+                        asyncio.get_running_loop().run_in_executor(None, world.request, 2).add_done_callback(
+                            lambda _: run.cancel()
+                        )
+        else:
+            with inner.messages.run_stream(model=CLAUDE, messages=prompt, tools=[ask], **limits) as running:
+                runs.append(running)
+                stopping = threading.Thread(target=stop)
+                stopping.start()
+                list(running)
+                stopping.join()
+    assert await asyncio.to_thread(over.wait, 5)
+    assert [str(fault) for fault in ended] == ["the call was cancelled"]
+    await asyncio.to_thread(world.hung_up, 2)
+    await asyncio.to_thread(inner.close)
 
 
 @both_kinds

@@ -189,8 +189,7 @@ def blocking() -> None:
             assert_type(error.status, int)
             assert_type(error.param, str | None)
             assert_type(error.code, str | None)
-            assert isinstance(error.result, vai.RunResult)
-            assert_type(error.result.messages, list[dict[str, Any]])
+            assert_type(error.result, vai.RunResult | vai.Message | None)
         except vai.Error as error:
             assert_type(error.provider, str | None)
             raise
