@@ -1322,6 +1322,7 @@ class AsyncClient:
             self._engine = Remote(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
         self._max_retries = max_retries
         self._closed = False
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self.messages = AsyncMessages(self)
         self.models = AsyncModels(self)
 
@@ -1344,6 +1345,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._closed = True
+        for stream in list(self._streams):
+            stream.close()
         await self._engine.close()
 
     def __repr__(self) -> str:
@@ -1355,7 +1358,9 @@ class AsyncClient:
 
     async def _open(self, call: _Call) -> EventStream:
         engine, body = self._engine, call.body | {"stream": True}
-        return await self._retrying(lambda: engine.open(engine.parse(body, call.headers), call.keys))
+        stream = await self._retrying(lambda: engine.open(engine.parse(body, call.headers), call.keys))
+        self._streams.add(stream)
+        return stream
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._closed:
