@@ -2377,8 +2377,9 @@ class _Portal:
 
     def let_go(self, close: Callable[[], Awaitable[None]]) -> None:
         """Begin to close what nobody holds any more; from whatever thread the collector runs on."""
-        if not self.stopped:
-            self._submit(close)
+        if self.started:
+            with contextlib.suppress(RuntimeError):  # the client was closed, and all with it
+                self._submit(close)
 
     def stop(self, close: Callable[[], Awaitable[None]]) -> None:
         """Close the client, cancel what still runs, and end the thread. On that thread all this only begins here."""

@@ -916,6 +916,8 @@ def test_a_client_collected_on_its_own_thread(world: World) -> None:
 def test_a_stream_that_is_dropped_hangs_up(world: World, mode: str) -> None:
     """Also without `with`, and from whatever thread it is let go."""
     with vai.Client(**world.options(mode)) as client:
+        client.messages.stream(model=CLAUDE, messages="Hi")
+        assert world.threads == 0  # it was never opened
         stream = client.messages.stream(model=CLAUDE, messages="[words 3][hang]").__enter__()
         assert next(iter(stream)).type == "message_start"
         del stream
