@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     import aiohttp
     import yarl
 
-    import vai
-
-__all__: list[str] = [
+__all__ = [
     "ERRORS",
     "JSON",
     "PROVIDERS",
@@ -269,7 +267,7 @@ class Error(Exception):
         self.request_id = request_id
         self.block: Any = None  # the block of the request that is at fault, until its place is known
         self.begun = False  # the answer had begun: asking again would be paid for twice
-        self.result: vai.RunResult | Message | None = None  # of a run: what there is so far; of `extract`: the answer
+        self.result: Any = None  # of a run: the `RunResult` so far; of `extract`: the last `Message`
 
     @property
     def about_key(self) -> bool:

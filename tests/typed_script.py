@@ -189,7 +189,6 @@ def blocking() -> None:
             assert_type(error.status, int)
             assert_type(error.param, str | None)
             assert_type(error.code, str | None)
-            assert_type(error.result, vai.RunResult | vai.Message | None)
         except vai.Error as error:
             assert_type(error.provider, str | None)
             raise
