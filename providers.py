@@ -293,7 +293,7 @@ class Error(Exception):
         self.request_id = request_id
         self.block: Any = None  # the block of the request that is at fault, until its place is known
         self.begun = False  # the answer had begun: asking again would be paid for twice
-        self.result: Any = None  # of a run that it ended: the `RunResult` so far
+        self.result: Any = None  # of a run: the `RunResult` so far; of `extract`: the last `Message`
 
     @property
     def about_key(self) -> bool:
@@ -1581,10 +1581,7 @@ class OtherDelta:
     """A delta that vai does not know, as it came."""
 
     raw: JSON
-
-    @property
-    def type(self) -> str:
-        return str(self.raw.get("type"))
+    type: ClassVar[Literal["other"]] = "other"
 
 
 Delta: TypeAlias = TextDelta | InputJSONDelta | ThinkingDelta | SignatureDelta | CitationsDelta | OtherDelta
@@ -2335,6 +2332,7 @@ _SIGNATURE_REFUSED = re.compile(
 )
 _REFUSAL_WORDS = re.compile(
     r"(?i)unsupported|not supported|does not support|not permitted|not allowed|unknown|unrecognized|deprecated|rejected"
+    r"|expected .thinking. or .redacted_thinking."  # of a tool loop that began without
 )
 
 
@@ -3798,7 +3796,7 @@ def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
                         "name": block.name,
                         "arguments": arguments,
                     }
-                    | following
+                    | {name: value for name, value in following.items() if name != "phase"}
                 )
             case ImageBlock(source=Base64Source(data=data)) if (
                 items and items[-1].get("type") == "image_generation_call"
@@ -4803,7 +4801,7 @@ class Transport:
         loop = asyncio.get_running_loop()
         if (session := self._sessions.get(loop)) is None:
             for ended in [known for known in self._sessions if known.is_closed()]:
-                del self._sessions[ended]
+                _close_ended(self._sessions.pop(ended))
             session = self._sessions[loop] = self._open_session()
         return session
 
@@ -4897,8 +4895,23 @@ class Transport:
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
         self._closed = True
-        if session := self._sessions.pop(asyncio.get_running_loop(), None):
-            await session.close()
+        here = asyncio.get_running_loop()
+        while self._sessions:
+            loop, session = self._sessions.popitem()
+            if loop is here:
+                await session.close()
+            elif loop.is_closed():
+                _close_ended(session)
+            elif loop.is_running():  # on another thread
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(session.close(), loop))
+            else:
+                await asyncio.to_thread(loop.run_until_complete, session.close())
+
+
+def _close_ended(session: aiohttp.ClientSession) -> None:
+    """Close a session whose loop has ended: there is nothing to wait for."""
+    with contextlib.suppress(StopIteration):
+        session.close().send(None)
 
 
 _TRANSPORTS: weakref.WeakSet[Transport] = weakref.WeakSet()

@@ -29,7 +29,6 @@ import functools
 import importlib
 import inspect
 import json
-import math
 import mimetypes
 import operator
 import os
@@ -47,7 +46,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -60,6 +58,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Concatenate,
     Generic,
     Literal,
     NotRequired,
@@ -154,6 +153,7 @@ T = TypeVar("T")
 
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R_co = TypeVar("R_co", covariant=True)
 
 
@@ -182,6 +182,12 @@ class Tool(Generic[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         return self.function(*args, **kwargs)
 
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: Tool[Concatenate[Any, Q], R_co], instance: object, owner: type | None = None
+    ) -> Tool[Q, R_co]: ...
     def __get__(self, instance: object, owner: type | None = None) -> Tool[..., R_co]:
         """Of a method: the tool of the object, whose `self` is no input of the model's."""
         if instance is None:
@@ -1296,6 +1302,7 @@ class AsyncMessages:
     ) -> Extracted[Any]:
         """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
 
+        Of a `Literal` or a union, type checkers see `Any`: they are no classes; annotate the variable.
         An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
         `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
         """
@@ -1368,6 +1375,7 @@ class AsyncClient:
             self._engine = Remote(base_url, api_key, provider_keys=provider_keys, timeouts=timeouts)
         self._max_retries = max_retries
         self._closed = False
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self.messages = AsyncMessages(self)
         self.models = AsyncModels(self)
 
@@ -1390,6 +1398,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._closed = True
+        for stream in list(self._streams):
+            stream.close()
         await self._engine.close()
 
     def __repr__(self) -> str:
@@ -1401,7 +1411,9 @@ class AsyncClient:
 
     async def _open(self, call: _Call) -> EventStream:
         engine, body = self._engine, call.body | {"stream": True}
-        return await self._retrying(lambda: engine.open(engine.parse(body, call.headers), call.keys))
+        stream = await self._retrying(lambda: engine.open(engine.parse(body, call.headers), call.keys))
+        self._streams.add(stream)
+        return stream
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._closed:
@@ -1427,18 +1439,22 @@ class AsyncClient:
 
 
 class RunOptions(TypedDict, total=False):
-    """Limits and hooks of a run; times in seconds. Hooks may be async."""
+    """Limits and hooks of a run; times in seconds, None for no limit and no hook. Hooks may be async.
 
-    max_tool_calls: int
-    max_turns: int
-    max_total_tokens: int
-    timeout: float
-    stop_when: Callable[[Message], Any]
+    A tool that is cut short by a limit, `cancel` or Ctrl-C may tidy up (its `finally`), and is waited for meanwhile,
+    however long that takes; a function that is not async goes on unheard on its thread.
+    """
+
+    max_tool_calls: int | None
+    max_turns: int | None
+    max_total_tokens: int | None
+    timeout: float | None
+    stop_when: Callable[[Message], Any] | None
     parallel_tools: bool
     tool_timeout: float | None
-    before_call: Callable[[JSON], Any]
-    after_response: Callable[[Message], Any]
-    on_tool_call: Callable[[str, JSON, Any, str | None], Any]
+    before_call: Callable[[JSON], Any] | None
+    after_response: Callable[[Message], Any] | None
+    on_tool_call: Callable[[str, JSON, Any, str | None], Any] | None
 
 
 class RunFields(RequestFields, RunOptions, total=False):
@@ -1519,9 +1535,9 @@ class StepComplete:
 
 @dataclass(slots=True)
 class Interrupted:
-    """The run goes on with a new message; `partial` is what was kept of the answer that it cut short."""
+    """The run goes on with a new message; `kept` is what was kept of the answer that it cut short."""
 
-    partial: str
+    kept: str
     type: ClassVar[Literal["interrupted"]] = "interrupted"
 
 
@@ -1553,12 +1569,10 @@ def _split_options(fields: RunFields) -> tuple[RunOptions, RequestFields]:
     """The run's own options, checked, and the fields of its requests."""
     own = RunOptions.__annotations__.keys()
     options: Any = {name: value for name, value in fields.items() if name in own}
-    for name, least in _LEAST.items():
-        if options.get(name, least) is None and name != "tool_timeout":
-            del options[name]
-        elif (value := options.get(name)) is not None and not value >= least:
-            raise ValueError(f"{name} is {value}; the least is {least}")
     rest: Any = {name: value for name, value in fields.items() if name not in own}
+    for name, least in _LEAST.items():
+        if (value := options.get(name)) is not None and not value >= least:  # NaN is none either
+            raise ValueError(f"{name} is {value}; the least is {least}")
     return options, rest
 
 
@@ -1604,8 +1618,11 @@ class AsyncRun:
         self._keep: Partial = "discard"
         self._answer: Accumulator | None = None  # the answer that is coming in, as far as it was handed out
         self._tools_off = False
-        self._open: list[ToolCall] = []  # the calls of the last answer, until their results are in the history
+        self._pending: list[ToolCall] = []  # the calls of the last answer, until their results are in the history
+        self._ending_tools = False
+        self._reason: str | None = None  # why the run ends with the last answer, if it does
         self._inside = False
+        self._ended = asyncio.Event()
         self._generator = self._steps()
         self._events: collections.deque[RunEvent] = collections.deque()
 
@@ -1626,8 +1643,10 @@ class AsyncRun:
 
     async def _batch(self) -> list[RunEvent]:
         """The next events. Raises `StopAsyncIteration` at the end."""
-        if not self._inside:
+        if not self._inside and self.result.stop_reason is None:
             raise RuntimeError("a run is used inside its `with` or `async with`")
+        if not self._inside:
+            raise StopAsyncIteration
         return await anext(self._generator)
 
     def _take(self) -> RunEvent | None:
@@ -1663,24 +1682,25 @@ class AsyncRun:
         generator: Any = self._generator
         if generator.ag_running:  # in another task, where it comes to its end
             self.cancel()
+            await self._ended.wait()
         else:
             await generator.aclose()
 
     def cancel(self) -> None:
         """End the run: no further call. What is left of an answer in progress is not in the history."""
         if self.result.stop_reason is None:
-            self._wanted = "cancelled"
+            self._wanted, self._keep = "cancelled", "discard"
             self._cut()
 
     def interrupt(self, message: str | Sequence[Block], partial: Partial = "discard") -> bool:
         """Stop the answer in progress, or its tools, and go on with a new message of the user.
 
         `partial` says what becomes of the text that was said: `discard`, `save`, or `marked` with `[interrupted]`.
-        False if the run was over already.
+        False if the run was over or cancelled already.
         """
         if partial not in get_args(Partial):
             raise ValueError(f"partial is one of {', '.join(get_args(Partial))}; not {partial!r}")
-        if self.result.stop_reason is not None:
+        if self.result.stop_reason is not None or self._wanted == "cancelled":
             return False
         self._said.append(_plain(message))
         self._keep = partial
@@ -1696,54 +1716,32 @@ class AsyncRun:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _steps(self) -> AsyncGenerator[list[RunEvent], None]:
-        result, call = self.result, self._begin()
+        result, call = self.result, self._start()
         try:
             while result.stop_reason is None:
+                self._reason = None
                 try:
                     yield [StepStart(len(result.steps))]
                     async with self._within():
                         asked = await self._next_call(call)
                     result.turn_count += 1
-                    if self._streaming:
-                        async with self._within():
-                            stream = await self._client._open(asked)
-                        try:
-                            self._answer = Accumulator()
-                            while events := await self._more(stream):
-                                yield events
-                                if isinstance(events[-1], MessageStop):
-                                    break
-                            response = self._whole()
-                            await stream.finish()
-                        finally:
-                            stream.close()
-                    else:
-                        async with self._within():
-                            response = await self._client._create(asked)
-                    step = self._answered(response)
+                    async with contextlib.aclosing(self._ask(asked)) as answer:
+                        async for events in answer:
+                            yield events
+                    step = result.steps[-1]
                     async with self._within():
-                        reason = await self._verdict(step)
-                    tasks: list[asyncio.Task[ToolCall]] = []
-                    try:
-                        for group in self._groups(step) if reason is None else ():
-                            yield [ToolCallStart(tool_call) for tool_call in group]
-                            tasks = running = [asyncio.create_task(self._use(tool_call)) for tool_call in group]
-                            while running:
-                                async with self._within():
-                                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                                yield [ToolResult(task.result()) for task in running if task.done()]
-                                running = [task for task in running if not task.done()]
-                    finally:
-                        for task in tasks:
-                            task.cancel()
-                        await asyncio.gather(*tasks, return_exceptions=True)
-                    self._settle(reason or "max_tool_calls")
+                        await self._judge(step)
+                    if self._reason is None:
+                        async with contextlib.aclosing(self._run_tools(step)) as results:
+                            async for events in results:
+                                yield events
+                    self._settle(self._reason or "max_tool_calls")
                     yield [StepComplete(len(result.steps) - 1, step)]
                     if self._wanted:
                         raise _Stopped
-                    result.stop_reason = reason
+                    result.stop_reason = self._reason
                 except _Stopped:
-                    why = self._wanted or "timeout"
+                    why = self._wanted or self._reason or "timeout"
                     kept = self._keep_partial()
                     self._settle(why)
                     if why == "interrupted":
@@ -1752,9 +1750,9 @@ class AsyncRun:
                     else:
                         result.stop_reason = why
         except BaseException as fault:
-            ended = "error" if isinstance(fault, Exception) else "cancelled"
             self._keep = "discard"
             self._keep_partial()
+            ended = "error" if isinstance(fault, Exception) else self._reason or "cancelled"
             self._settle(ended)
             result.stop_reason = result.stop_reason or ended
             if isinstance(fault, Error):
@@ -1764,14 +1762,58 @@ class AsyncRun:
             self._drop_unanswered()
             if self._on_end:
                 self._on_end(result)
+            self._ended.set()
         yield [RunComplete(result)]
 
-    def _begin(self) -> _Call:
+    def _start(self) -> _Call:
         call, options = self._make_call(), self._options
         self.result.messages = call.body["messages"]
         if (timeout := options.get("timeout")) is not None:
             self._deadline = asyncio.get_running_loop().time() + timeout
         return call
+
+    async def _ask(self, call: _Call) -> AsyncGenerator[list[RunEvent], None]:
+        """Get the next answer, with its events if they are wanted, and take it into the history."""
+        if not self._streaming:
+            async with self._within():
+                whole = await self._client._create(call)
+            self._answered(whole)
+            return
+        async with self._within():
+            stream = await self._client._open(call)
+        try:
+            self._answer = Accumulator()
+            while events := await self._more(stream):
+                yield events
+                if isinstance(events[-1], MessageStop):
+                    break
+            await stream.finish()
+        finally:
+            stream.close()
+        if (response := self._whole()) is None:
+            raise _Stopped if self._wanted else StreamTruncated("the answer ended before it was whole")
+        self._answered(response)
+
+    async def _run_tools(self, step: Step) -> AsyncGenerator[list[RunEvent], None]:
+        """Run the calls of an answer, and tell of each as it begins and ends."""
+        tasks: list[asyncio.Task[ToolCall]] = []
+        try:
+            for group in self._groups(step):
+                if self._wanted:  # by a hook
+                    raise _Stopped
+                yield [ToolCallStart(call) for call in group]
+                tasks = running = [asyncio.create_task(_contained(self._use, call)) for call in group]
+                while running:
+                    async with self._within():
+                        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    yield [ToolResult(_outcome(task)) for task in running if task in done]
+                    running = [task for task in running if task not in done]
+        finally:
+            self._ending_tools = True
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._ending_tools = False
 
     @contextlib.asynccontextmanager
     async def _within(self) -> AsyncGenerator[None, None]:
@@ -1799,12 +1841,10 @@ class AsyncRun:
                 return [*events]
         return []
 
-    def _whole(self) -> Message:
+    def _whole(self) -> Message | None:
         """The answer that was handed out, if it is whole."""
         message = self._answer.message if self._answer else None
-        if message is None or message.stop_reason is None:
-            raise _Stopped if self._wanted else StreamTruncated("the answer ended before it was whole")
-        return message
+        return message if message and message.stop_reason else None
 
     async def _next_call(self, call: _Call) -> _Call:
         """The request for the next answer. A forced tool is forced once: for ever would be a loop without an end."""
@@ -1821,8 +1861,8 @@ class AsyncRun:
             body = body if changed is None else changed
         return replace(call, body=body)
 
-    def _answered(self, response: Message) -> Step:
-        """Take a whole answer into the history."""
+    def _answered(self, response: Message) -> None:
+        """Take a whole answer into the history, and see why the run ends with it, if it does."""
         result, calls = self.result, []
         self._answer = None
         for block in response.content:
@@ -1834,34 +1874,35 @@ class AsyncRun:
         result.steps.append(Step(response, calls))
         if response.content:
             result.messages.append(_turn(response))
-        self._open = calls
-        return result.steps[-1]
-
-    async def _verdict(self, step: Step) -> str | None:
-        """Why the run ends with this answer; None if it goes on."""
-        options, response = self._options, step.response
-        if after_response := options.get("after_response"):
-            await self._hook(after_response, response)
-        if (stop_when := options.get("stop_when")) and await self._hook(stop_when, response):
-            return "custom"
+        self._pending = calls
         reason = response.stop_reason or "end_turn"
-        calling = bool(step.tool_calls) and reason in ("tool_use", "end_turn")
+        calling = bool(calls) and reason in ("tool_use", "end_turn")
         if not calling and reason != "pause_turn":
-            return "max_tool_calls" if self._tools_off else "end_turn" if reason == "tool_use" else reason
-        return "max_tool_calls" if self._tools_off and calling else self._limit()
+            reason = "end_turn" if reason == "tool_use" else reason
+            self._reason = "max_tool_calls" if self._tools_off else reason
+        else:
+            self._reason = "max_tool_calls" if self._tools_off and calling else self._limit()
+
+    async def _judge(self, step: Step) -> None:
+        """Ask the hooks what they think of an answer."""
+        if after_response := self._options.get("after_response"):
+            await self._hook(after_response, step.response)
+        if (stop_when := self._options.get("stop_when")) and await self._hook(stop_when, step.response):
+            self._reason = "custom"
 
     def _limit(self) -> str | None:
         """Why there may be no further answer."""
-        if self.result.turn_count >= self._options.get("max_turns", math.inf):
+        turns, tokens = self._options.get("max_turns"), self._options.get("max_total_tokens")
+        if turns is not None and self.result.turn_count >= turns:
             return "max_turns"
-        if self.result.usage.total_tokens >= self._options.get("max_total_tokens", math.inf):
+        if tokens is not None and self.result.usage.total_tokens >= tokens:
             return "max_total_tokens"
         return None
 
     def _groups(self, step: Step) -> list[list[ToolCall]]:
         """The calls that may run, as they run side by side. Where some may not, the tools are off from here."""
-        left = self._options.get("max_tool_calls", math.inf) - self.result.tool_call_count
-        calls = [tool_call for number, tool_call in enumerate(step.tool_calls) if number < left]
+        most = self._options.get("max_tool_calls")
+        calls = step.tool_calls if most is None else step.tool_calls[: max(0, most - self.result.tool_call_count)]
         self._tools_off = self._tools_off or len(calls) < len(step.tool_calls)
         if not calls:
             return []
@@ -1875,9 +1916,10 @@ class AsyncRun:
         try:
             async with asyncio.timeout(limit) as scope:
                 call.output = await (_invoke(tool.function, **tool.bind(call.input)) if tool else self._act(call))
+                await asyncio.sleep(0)  # where a tool that cancelled its own task is cancelled
             call.result = tool_result(call.id, call.output)
         except asyncio.CancelledError:
-            if (task := asyncio.current_task()) and task.cancelling():
+            if self._ending_tools:
                 raise
             call.error = "The tool was cancelled."
         except (Exception, SystemExit) as fault:
@@ -1900,7 +1942,7 @@ class AsyncRun:
 
     def _settle(self, why: str) -> None:
         """Put the results of the last answer's calls into the history; one that has none says why."""
-        calls, self._open = self._open, []
+        calls, self._pending = self._pending, []
         for call in calls:
             if call.result is None:
                 call.error = _NOT_RUN.get(why, f"Not run: the answer ended with {why}.")
@@ -1911,9 +1953,13 @@ class AsyncRun:
             self.result.messages.append({"role": "user", "content": [call.result for call in calls]})
 
     def _keep_partial(self) -> str:
-        """What was said of an answer that was cut short, as far as it is to be kept."""
+        """What was said of an answer that was cut short, as far as it is to be kept; a whole one is kept whole."""
+        whole = self._whole()
         answer, self._answer = self._answer, None
         if answer is None or answer.message is None:
+            return ""
+        if whole:
+            self._answered(whole)
             return ""
         answer.settle()
         self.result.usage = _added(self.result.usage, answer.message.usage)
@@ -1921,13 +1967,14 @@ class AsyncRun:
         if self._keep == "discard" or not said.strip():
             return ""
         said += " [interrupted]" if self._keep == "marked" else ""
+        self._drop_unanswered()
         self.result.messages.append({"role": "assistant", "content": [text(said)]})
         return said
 
     def _go_on(self, kept: str) -> Interrupted:
         self._drop_unanswered()
         self.result.messages += ({"role": "user", "content": said} for said in self._said)
-        self._wanted, self._said, self._tools_off = None, [], False
+        self._wanted, self._said, self._keep, self._tools_off = None, [], "discard", False
         return Interrupted(kept)
 
     def _drop_unanswered(self) -> None:
@@ -1974,6 +2021,27 @@ def _sum(total: JSON, more: JSON) -> JSON:
     return out
 
 
+class _Exit(Exception):
+    """Carries a `SystemExit` or `KeyboardInterrupt` out of a task. By itself it would end the event loop there, and
+    whoever waits for the task would wait for ever."""
+
+
+async def _contained(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """What every task is made of that runs functions of the user's; `_outcome` is its result."""
+    try:
+        return await function(*args)
+    except (SystemExit, KeyboardInterrupt) as fault:
+        raise _Exit(fault) from None
+
+
+def _outcome(ended: asyncio.Task[T] | concurrent.futures.Future[T]) -> T:
+    try:
+        return ended.result()
+    except _Exit as carrier:
+        fault: BaseException = carrier.args[0]
+        raise fault from None
+
+
 async def _invoke(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function of the user's: one that is not async on a thread of its own."""
     if inspect.iscoroutinefunction(function):
@@ -1992,7 +2060,8 @@ async def _in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T
     would."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-    context = contextvars.copy_context()
+    context, calls = contextvars.copy_context(), _ClientCalls()
+    context.run(_CALLS.set, calls)
 
     def settle(value: Any, fault: BaseException | None) -> None:
         if not ended.done():
@@ -2008,11 +2077,37 @@ async def _in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T
             loop.call_soon_threadsafe(settle, value, fault)
 
     threading.Thread(target=work, name="vai-tool", daemon=True).start()
-    value, fault = await ended
+    try:
+        value, fault = await ended
+    except asyncio.CancelledError:
+        calls.cancel()
+        raise
     if fault is not None:
         raise fault
     returned: T = value
     return returned
+
+
+class _ClientCalls:
+    """What a function on a thread asks of a `Client`: it ends when the function is no longer waited for."""
+
+    def __init__(self) -> None:
+        self._futures: set[concurrent.futures.Future[Any]] = set()
+        self._cancelled = False
+
+    def add(self, future: concurrent.futures.Future[Any]) -> None:
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        if self._cancelled:
+            future.cancel()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        for future in list(self._futures):
+            future.cancel()
+
+
+_CALLS: contextvars.ContextVar[_ClientCalls | None] = contextvars.ContextVar("_CALLS", default=None)
 
 
 # == Structured answers ================================================================================================
@@ -2274,46 +2369,55 @@ class _Portal:
 
     def __init__(self) -> None:
         _PORTALS.add(self)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._lock = threading.Lock()
+    def _reset(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may come in between on the same thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._stopped = False
+        self.stopped = False
 
     @property
     def started(self) -> bool:
         return self._loop is not None
 
-    def _running(self) -> asyncio.AbstractEventLoop:
+    def _submit(self, work: Callable[[], Awaitable[T]]) -> concurrent.futures.Future[T]:
         with self._lock:
-            if self._stopped:
+            if self.stopped:
                 raise RuntimeError("the client is closed")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="vai", daemon=True)
+                self._thread = threading.Thread(target=self._serve, args=[self._loop], name="vai", daemon=True)
                 self._thread.start()
-            return self._loop
+            return asyncio.run_coroutine_threadsafe(_contained(work), self._loop)
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end on the loop's thread; Ctrl-C here cancels it there."""
+    @staticmethod
+    def _serve(loop: asyncio.AbstractEventLoop) -> None:
+        loop.run_forever()
+        loop.close()
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        """Run to the end on the loop's thread; Ctrl-C here cancels it there, and gives it a second to tidy up."""
         if threading.current_thread() is self._thread:
-            work.close()
             raise RuntimeError("a Client cannot wait for itself: an async tool that asks a model uses an AsyncClient")
+        ended = threading.Event()
+
+        async def work() -> T:
+            try:
+                return await function(*args, **kwargs)
+            finally:
+                ended.set()
+
+        future = self._submit(work)
+        if calls := _CALLS.get():
+            calls.add(future)
         try:
-            future = asyncio.run_coroutine_threadsafe(work, self._running())
-        except RuntimeError:
-            work.close()
-            raise
-        try:
-            return future.result()
+            return _outcome(future)
         except concurrent.futures.CancelledError:
-            raise RuntimeError("the client was closed") from None
+            raise RuntimeError("the client was closed" if self.stopped else "the call was cancelled") from None
         except BaseException:
             if future.cancel():
-                with contextlib.suppress(concurrent.futures.CancelledError, Exception):
-                    future.result(1)
+                ended.wait(1)
             raise
 
     def soon(self, function: Callable[..., T], *args: Any) -> T:
@@ -2322,26 +2426,38 @@ class _Portal:
         async def called() -> T:
             return function(*args)
 
-        return function(*args) if threading.current_thread() is self._thread else self.call(called())
+        return function(*args) if threading.current_thread() is self._thread else self.call(called)
 
-    def stop(self) -> None:
-        """Cancel what still runs, and end the thread."""
+    def let_go(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Begin to close what nobody holds any more; from whatever thread the collector runs on."""
+        if self.started:
+            with contextlib.suppress(RuntimeError):  # the client was closed, and all with it
+                self._submit(close)
+
+    def stop(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Close the client, cancel what still runs, and end the thread. On that thread all this only begins here."""
         with self._lock:
-            loop, thread, self._stopped = self._loop, self._thread, True
-        if loop and thread and loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._cancel_all(), loop).result(5)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(5)
-            loop.close()
-        self._loop = None
+            loop, self._loop, self.stopped = self._loop, None, True
+        if loop is None:
+            return
+        closed = asyncio.run_coroutine_threadsafe(self._end(close), loop)
+        if self._thread and threading.current_thread() is not self._thread:
+            self._thread.join()
+            closed.result()
 
     @staticmethod
-    async def _cancel_all() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.get_running_loop().shutdown_asyncgens()
+    async def _end(close: Callable[[], Awaitable[None]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await close()
+        finally:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                await asyncio.wait(others, timeout=5)
+            await loop.shutdown_asyncgens()
+            loop.call_soon(loop.stop)  # after `closed` has its result
 
 
 _PORTALS: weakref.WeakSet[_Portal] = weakref.WeakSet()
@@ -2351,7 +2467,7 @@ def _forked() -> None:
     """The child of a fork has the loops, but not the threads: each portal begins anew."""
     for portal in list(_PORTALS):
         providers.keep_for_ever(portal._loop)
-        portal._begin()
+        portal._reset()
 
 
 if hasattr(os, "register_at_fork"):
@@ -2369,10 +2485,13 @@ class _Blocking(Generic[E]):
         self._portal = client._portal
         self._async: Any = stream
         self._ended = False
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _dropped, stream, self._portal, self._process)
+        self._finalizer.atexit = False  # the client's own sees to it
 
     def __enter__(self) -> Self:
         try:
-            self._portal.call(self._async.__aenter__())
+            self._call(self._async.__aenter__)
         except BaseException:  # Ctrl-C just when the stream was there
             with contextlib.suppress(RuntimeError):
                 self.close()
@@ -2390,7 +2509,7 @@ class _Blocking(Generic[E]):
         while (event := self._async._take()) is None:
             if self._ended:
                 raise StopIteration
-            batch = self._portal.call(self._next_batch())
+            batch = self._call(self._next_batch)
             self._ended = not batch
             self._async._events.extend(batch)
         found: E = event
@@ -2410,8 +2529,29 @@ class _Blocking(Generic[E]):
             if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
                 yield event.delta.text
 
+    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+        if os.getpid() != self._process:
+            raise RuntimeError("this stream is the parent's: a process that was forked opens its own")
+        return self._portal.call(function)
+
     def close(self) -> None:
-        self._portal.call(self._async.close())
+        if os.getpid() != self._process:
+            providers.keep_for_ever(self)  # its socket is the parent's too
+            return
+        self._finalizer.detach()
+        try:
+            contextvars.Context().run(self._call, self._async.close)  # also in a tool that is no longer waited for
+        except RuntimeError:
+            if not self._portal.stopped:  # by which it was closed
+                raise
+
+
+def _dropped(stream: AsyncMessageStream | AsyncRun, portal: _Portal, process: int) -> None:
+    """A stream that nobody closed."""
+    if os.getpid() == process:
+        portal.let_go(stream.close)
+    else:
+        providers.keep_for_ever(stream)
 
 
 class MessageStream(_Blocking[StreamEvent]):
@@ -2432,7 +2572,7 @@ class MessageStream(_Blocking[StreamEvent]):
         return self._async.request_id
 
     def final(self) -> Message:
-        return self._portal.call(self._async.final())
+        return self._call(self._async.final)
 
 
 class Run(_Blocking[RunEvent]):
@@ -2449,7 +2589,7 @@ class Run(_Blocking[RunEvent]):
         return self._async.message
 
     def final(self) -> RunResult:
-        return self._portal.call(self._async.final())
+        return self._call(self._async.final)
 
     def cancel(self) -> None:
         self._portal.soon(self._async.cancel)
@@ -2467,7 +2607,7 @@ class SyncMessages:
 
     def create(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> Message:
         """The whole answer. Raises an `Error` whose class and fields say what went wrong."""
-        return self._client._portal.call(self._async.create(model=model, messages=messages, **fields))
+        return self._client._portal.call(self._async.create, model=model, messages=messages, **fields)
 
     def stream(self, *, model: str, messages: Messages, **fields: Unpack[RequestFields]) -> MessageStream:
         """The answer as it comes; to be used with `with`."""
@@ -2499,10 +2639,11 @@ class SyncMessages:
     ) -> Extracted[Any]:
         """An answer of a type: a pydantic model, a dataclass, a `TypedDict`, `list[X]`, a `Literal`, a union …
 
+        Of a `Literal` or a union, type checkers see `Any`: they are no classes; annotate the variable.
         An answer that does not fit goes back to the model once. Raises `ProviderError` (code `invalid_output`,
         `refusal` or `max_tokens`), with the last answer in `error.result`, where there is nothing to be had.
         """
-        return self._client._portal.call(self._async.extract(kind, model=model, messages=messages, **fields))
+        return self._client._portal.call(self._async.extract, kind, model=model, messages=messages, **fields)
 
 
 class Conversation(_Chat):
@@ -2541,7 +2682,7 @@ class SyncModels:
         self._client = client
 
     def list(self) -> Models:
-        return self._client._portal.call(self._client._async.models.list())
+        return self._client._portal.call(self._client._async.models.list)
 
 
 class Client:
@@ -2602,19 +2743,14 @@ class Client:
 
     def close(self) -> None:
         self._finalizer.detach()
-        if self._portal.started and not self._async._closed:
-            self._portal.call(self._async.close())
-        self._async._closed = True
-        self._portal.stop()
+        self._portal.stop(self._async.close)
 
 
 def _forgotten(client: AsyncClient, portal: _Portal) -> None:
     """A client that nobody closed: at its end, or at the interpreter's, its connections and its thread go too."""
-    if portal.started and not client._closed:
+    if portal.started:
+        portal.stop(client.close)
         warnings.warn("a vai.Client was not closed", ResourceWarning, stacklevel=2)
-        if threading.current_thread() is not portal._thread:
-            portal.call(client.close())
-            portal.stop()
 
 
 # == A model for tests =================================================================================================

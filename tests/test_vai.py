@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gc
 import inspect
 import json
+import os
 import re
 import signal
 import socket
@@ -867,6 +869,128 @@ def test_forgetting_to_close(world: World, use: str) -> None:
     assert [warning.category for warning in caught] == [ResourceWarning]
     assert "not closed" in str(caught[0].message)
     assert world.threads == 0
+
+
+def test_forgetting_to_close_where_warnings_are_errors(world: World) -> None:
+    """The warning comes when everything is closed already."""
+    client = vai.Client()
+    client.messages.create(model=CLAUDE, messages="[say so]")
+    with pytest.raises(ResourceWarning, match="not closed"):  # as all warnings are errors here
+        client._finalizer()
+    assert world.threads == 0
+
+
+def test_a_client_collected_on_its_own_thread(world: World) -> None:
+    """The collector runs where it will; the client's own thread cannot wait for its end, and ends all the same."""
+
+    class Ring:
+        client: vai.Client
+        itself: Ring
+
+    def ask() -> None:
+        ring = Ring()
+        ring.itself, ring.client = ring, vai.Client()
+        ring.client.messages.run(model=CLAUDE, messages="[say so]")
+        portal = ring.client._portal
+        assert portal._loop
+        del ring
+        collected = threading.Event()
+        portal._loop.call_soon_threadsafe(lambda: (gc.collect(), collected.set()))
+        assert collected.wait(5)
+        assert portal._thread
+        portal._thread.join(5)
+        assert not portal._thread.is_alive()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ask()
+    finally:
+        gc.enable()
+    assert [warning.category for warning in caught] == [ResourceWarning]
+
+
+@both_modes
+def test_a_stream_that_is_dropped_hangs_up(world: World, mode: str) -> None:
+    """Also without `with`, and from whatever thread it is let go."""
+    with vai.Client(**world.options(mode)) as client:
+        client.messages.stream(model=CLAUDE, messages="Hi")
+        assert world.threads == 0  # it was never opened
+        stream = client.messages.stream(model=CLAUDE, messages="[words 3][hang]").__enter__()
+        assert next(iter(stream)).type == "message_start"
+        del stream
+        gc.collect()
+        world.hung_up()
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["stream", "run_stream"])
+def test_a_stream_is_closed_with_its_client(world: World, run: bool) -> None:
+    """Leaving its `with` after that is nothing."""
+    with vai.Client() as client:
+        open = client.messages.run_stream if run else client.messages.stream
+        with open(model=CLAUDE, messages="[words 3][hang]") as stream:
+            while next(stream).type != "message_start":
+                pass
+            client.close()
+        world.hung_up()
+        with pytest.raises(RuntimeError, match="closed"):
+            list(stream)
+
+
+async def test_an_asynchronous_stream_is_closed_with_its_client(world: World) -> None:
+    async with vai.AsyncClient() as client:
+        async with client.messages.stream(model=CLAUDE, messages="[words 3][hang]") as stream:
+            await anext(stream)
+            await client.close()
+    await asyncio.to_thread(world.hung_up)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_leaves_the_parents_stream_alone(world: World) -> None:
+    """It cannot read it, and leaving its `with` closes nothing; a client of the child's is as good as new."""
+    with vai.Client() as client:
+        with client.messages.stream(model=CLAUDE, messages="[say One two three.][slow 0.05]") as stream:
+            while next(stream).type != "content_block_delta":
+                pass
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    with contextlib.ExitStack() as stack:
+                        stack.push(stream)
+                        try:
+                            stream.final()
+                        except RuntimeError as fault:
+                            code = 0 if "parent" in str(fault) else 2
+                    if client.messages.create(model=CLAUDE, messages="[say so]").text != "so":
+                        code = 3
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert stream.final().text == "One two three."
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of the transports of loops that have ended
+def test_one_client_on_several_loops(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Its connections of a loop that has ended go without a word, and closing it closes those of all loops."""
+    client, idle = vai.AsyncClient(), asyncio.new_event_loop()
+    request: JSON = {"model": CLAUDE, "messages": "[say so]"}
+    idle.run_until_complete(client.messages.create(**request))
+
+    async def ask(last: bool = False) -> None:
+        assert (await client.messages.create(**request)).text == "so"
+        if last:
+            await client.close()
+
+    for last in (False, False, True):
+        asyncio.run(ask(last))
+    gc.collect()
+    assert not client._engine.transport._sessions  # type: ignore[attr-defined]
+    assert not [record for record in caplog.records if "nclosed" in record.message]
+    idle.close()
 
 
 @both_modes
