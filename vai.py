@@ -169,14 +169,23 @@ class Tool(Generic[P, R_co]):
         strict: bool | None = None,
         timeout: float | None = None,
     ) -> None:
-        functools.update_wrapper(self, function)
-        summary, about = read_docstring(inspect.getdoc(function) or "")
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout is a number of seconds; not {timeout!r}")
+        named: Any = function
+        while isinstance(named, functools.partial):
+            named = named.func
+        if not callable(named) or not (name or hasattr(named, "__name__")):
+            lacks = "has no name of its own: tool(…, name=…)" if callable(named) else "is no function"
+            raise TypeError(f"{type(named).__name__} {lacks}")
+        described = named if hasattr(named, "__name__") else named.__call__
+        functools.update_wrapper(self, described, updated=())
+        summary, about = read_docstring(inspect.getdoc(described) or "")
         self.function = function
-        self.name = name or function.__name__
+        self.name = name or named.__name__
         self.description = summary if description is None else description
         self.strict = strict
         self.timeout = timeout
-        self._input = _input_model(function, self.name, about)
+        self._input = _input_model(function, described, self.name, about)
         self.input_schema: JSON = _lean(self._input.model_json_schema())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
@@ -215,7 +224,7 @@ class Tool(Generic[P, R_co]):
             checked = self._input.model_validate(input)
         except ValidationError as fault:
             raise ValueError(_told(fault, "The input does not fit the tool's schema:")) from None
-        return {name: getattr(checked, name) for name in checked.model_fields_set}
+        return {name.removeprefix(_FIELD): getattr(checked, name) for name in checked.model_fields_set}
 
 
 @overload
@@ -241,49 +250,71 @@ def tool(function: Any = None, /, **options: Any) -> Any:
 
     Parameter descriptions come from `Annotated[str, "…"]` or from the docstring (Google, NumPy or Sphinx style).
     `strict` asks the provider to hold the model to the schema; `timeout` (seconds) stands over a run's `tool_timeout`.
-    Raises `TypeError` for `*args` and `**kwargs`.
+    What a `functools.partial` gives by name is no input of the model's.
+    Raises `TypeError` for `*args` and `**kwargs`, for a generator, and for an object that has no name.
     """
     return Tool(function, **options) if function is not None else lambda function: Tool(function, **options)
 
 
-def _input_model(function: Callable[..., Any], name: str, about: Mapping[str, str]) -> type[BaseModel]:
-    """A pydantic model of a function's parameters."""
-    hints = get_type_hints(function, include_extras=True)
+_FIELD = "arg_"  # before the names of fields: a parameter may be called as what pydantic's models have themselves
+
+
+def _input_model(
+    function: Callable[..., Any], described: Callable[..., Any], name: str, about: Mapping[str, str]
+) -> type[BaseModel]:
+    """A pydantic model of a function's parameters, whose annotations are those of `described`."""
+    if inspect.isgeneratorfunction(described) or inspect.isasyncgenfunction(described):
+        raise TypeError(f"{name}() is a generator; a tool returns its result whole")
+    noted = {key: hint for key, hint in getattr(described, "__annotations__", {}).items() if key != "return"}
+    hints = get_type_hints(types.SimpleNamespace(__annotations__=noted, __wrapped__=described), include_extras=True)
     fields: dict[str, Any] = {}
     parameters = list(inspect.signature(function).parameters.values())
     if parameters and parameters[0].name == "self" and "self" not in hints:  # of a method, before it is bound
         del parameters[0]
+    given = function.keywords if isinstance(function, functools.partial) else {}
     for parameter in parameters:
+        if parameter.name in given:
+            continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"a tool takes named parameters only; {name}() has {parameter}")
         hint = _portable(hints.get(parameter.name, Any))
-        notes = getattr(hint, "__metadata__", ())
-        described = next((note for note in notes if isinstance(note, str)), about.get(parameter.name))
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (hint, Field(default, description=described))
+        notes = [getattr(note, "description", note) for note in getattr(hint, "__metadata__", ())]
+        notes.append(about.get(parameter.name))
+        fields[_FIELD + parameter.name] = (
+            hint,
+            Field(
+                ... if parameter.default is parameter.empty else parameter.default,
+                alias=parameter.name,
+                description=next((note for note in notes if isinstance(note, str)), None),
+            ),
+        )
     return create_model(f"{name}_input", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
 
 
-def _portable(hint: Any) -> Any:
+def _portable(hint: Any, made: dict[Any, Any] | None = None) -> Any:
     """The type with each `typing.TypedDict` in it as one that pydantic takes; it refuses them before Python 3.12."""
     if sys.version_info >= (3, 12):
         return hint
+    made = {} if made is None else made
     if type(hint).__name__ == "_TypedDictMeta" and type(hint).__module__ == "typing":
-        from typing_extensions import TypedDict as Portable  # which pydantic brings
+        if hint not in made:
+            from typing_extensions import TypedDict as Portable  # which pydantic brings
 
-        fields: dict[str, Any] = {}
-        for name, item in get_type_hints(hint, include_extras=True).items():
-            kind: Any = get_origin(item)
-            if kind in (Required, NotRequired):
-                item = get_args(item)[0]
-            else:
-                kind = Required if name in hint.__required_keys__ else NotRequired
-            fields[name] = kind[_portable(item)]
-        return Portable(hint.__name__, fields)  # type: ignore[operator]
+            made[hint] = Portable(hint.__name__, {})  # type: ignore[operator]  # before its fields: one may be of it
+            fields: dict[str, Any] = {}
+            for name, item in get_type_hints(hint, include_extras=True).items():
+                kind: Any = get_origin(item)
+                if kind in (Required, NotRequired):
+                    item = get_args(item)[0]
+                else:
+                    kind = Required if name in hint.__required_keys__ else NotRequired
+                fields[name] = kind[_portable(item, made)]
+            made[hint].__annotations__ = fields
+        return made[hint]
     origin, args = get_origin(hint), get_args(hint)
     if origin is None or origin is Literal or not args:
         return hint
-    inner = tuple(_portable(arg) for arg in args)
+    inner = tuple(_portable(arg, made) for arg in args)
     if inner == args:
         return hint
     if origin in (Union, types.UnionType):
@@ -424,6 +455,20 @@ def image_generation(**config: Any) -> Native:
     return Native("image_generation", config)
 
 
+_ACTING = {  # what a model may call of them, beside the members of Anthropic's set `computer`; the last are Gemini's
+    "str_replace_based_edit_tool": "text_editor",
+    "text_editor": "text_editor",
+    "computer": "computer_use",
+    **dict.fromkeys(
+        (
+            *("open_web_browser", "wait_5_seconds", "go_back", "go_forward", "search", "navigate", "click_at"),
+            *("hover_at", "type_text_at", "key_combination", "scroll_document", "scroll_at", "drag_and_drop"),
+        ),
+        "computer_use",
+    ),
+}
+
+
 # == Content helpers ===================================================================================================
 
 Source: TypeAlias = str | bytes | os.PathLike[str]
@@ -501,7 +546,12 @@ def attachment(source: Source) -> JSON:
     return {**made, "source": {"type": "text", "media_type": "text/plain", "data": plain}}
 
 
-RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
+RESULT_BLOCKS: dict[str, type[BaseModel]] = {  # of what a tool result may consist
+    "text": providers.TextBlock,
+    "image": providers.ImageBlock,
+    "document": providers.DocumentBlock,
+    "search_result": providers.SearchResultBlock,
+}
 
 
 def tool_result(tool_use_id: str, content: object = "", *, is_error: bool = False) -> JSON:
@@ -517,21 +567,31 @@ def _result_content(value: Any) -> str | list[JSON]:
     if isinstance(value, (Message, RunResult)):  # of a model that was asked inside the tool
         return value.text
     items = list(value) if isinstance(value, (list, tuple)) else [value]
-    if items and all(map(_is_result_block, items)) and not all(isinstance(item, str) for item in items):
-        return [_result_block(item) for item in items]
-    return json.dumps(to_jsonable_python(value, fallback=str, bytes_mode="base64"), ensure_ascii=False)
+    blocks = [_result_block(item) for item in items]
+    if None in blocks or all(isinstance(item, str) for item in items):
+        return json.dumps(to_jsonable_python(value, fallback=str, bytes_mode="base64"), ensure_ascii=False)
+    return [block for block in blocks if block and block.get("text") != ""] or ""  # empty text is refused
 
 
-def _is_result_block(item: Any) -> bool:
+def _result_block(item: Any) -> JSON | None:
+    """An item as a block of a tool result; None for data that at most looks like one, which would break the history."""
     if isinstance(item, bytes):
-        return (_sniff(item) or "").startswith("image/")
-    kind = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
-    return isinstance(item, str) or (isinstance(kind, str) and kind in RESULT_BLOCKS)
-
-
-def _result_block(item: Any) -> JSON:
-    made: JSON = image(item) if isinstance(item, bytes) else text(item) if isinstance(item, str) else _plain(item)
-    return made
+        return image(item) if (_sniff(item) or "").startswith("image/") else None
+    if isinstance(item, str):
+        return text(item)
+    block = _plain(item) if isinstance(item, (Mapping, BaseModel)) else None
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(block, dict) or not isinstance(kind, str) or kind not in RESULT_BLOCKS:
+        return None
+    fields = RESULT_BLOCKS[kind].model_fields.keys()
+    try:
+        source = getattr(RESULT_BLOCKS[kind].model_validate(block), "source", None)
+    except ValidationError:
+        return None
+    broken = isinstance(source, providers.Base64Source) and not providers.is_base64(source.data)
+    if broken or block.keys() - fields - {"citations", "transformations"}:
+        return None
+    return {key: value for key, value in block.items() if kind != "text" or key != "citations"}
 
 
 def _source(source: Source, media_type: str | None, default: str) -> JSON:
@@ -1838,9 +1898,9 @@ class AsyncRun:
 
     async def _act(self, call: ToolCall) -> Any:
         """A call of a provider's own tool that is run here, if it is one."""
-        editing = call.name in ("str_replace_based_edit_tool", "text_editor")
+        kind = _ACTING.get(call.name) or ("computer_use" if call.toolset == "computer" else None)
         for native in self._natives:
-            if native.act and editing == (native.kind == "text_editor"):
+            if native.act and native.kind == kind:
                 return await _invoke(native.act, call.name, call.input)
         known = ", ".join(self._tools) or "none"
         raise _Told(f"There is no tool {call.name!r} that can be run. Tools: {known}.")
