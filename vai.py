@@ -323,8 +323,8 @@ def _portable(hint: Any, made: dict[Any, Any] | None = None) -> Any:
 
 
 def _lean(schema: Any) -> Any:
-    """A schema of pydantic's without the titles it makes up, which only cost tokens, and with `anyOf` for `oneOf`, the
-    one kind of union that every provider knows."""
+    """A schema of pydantic's without the titles it makes up, which only cost tokens, with `anyOf` for `oneOf`, the one
+    kind of union that every provider knows, and with nothing beside a `$ref`, as strict modes ask."""
     if isinstance(schema, list):
         return [_lean(item) for item in schema]
     if not isinstance(schema, dict):
@@ -335,7 +335,7 @@ def _lean(schema: Any) -> Any:
             out[key] = {name: _lean(item) for name, item in value.items()}
         elif key not in ("title", "discriminator"):
             out["anyOf" if key == "oneOf" else key] = _lean(value)
-    return out
+    return {"anyOf": [{"$ref": out.pop("$ref")}], **out} if "$ref" in out and len(out) > 1 else out
 
 
 def _told(fault: ValidationError, what: str) -> str:
@@ -664,16 +664,35 @@ def _call(model: str, messages: Messages, fields: Mapping[str, Any]) -> _Call:
         if name == "stream":
             raise TypeError("there is no stream=; use messages.stream(…)")
         near = difflib.get_close_matches(name, RunFields.__annotations__, 1)
-        hint = f"did you mean {near[0]}?" if near and near[0] != name else "a provider's own fields go into extra_body"
+        hint = f"did you mean {near[0]}?" if near else "a provider's own fields go into extra_body"
+        if name in RunOptions.__annotations__:
+            hint = "a whole request's is the Client's" if name == "timeout" else "run() and run_stream() take it"
         raise TypeError(f"unknown argument {name!r}; {hint}")
     beside = ("extra_headers", "extra_body", "provider_keys")
     rest = {name: value for name, value in fields.items() if name not in beside}
+    if rest.get("tools") is not None:
+        rest["tools"] = _tool_list(rest["tools"])
     body = request_body(model, messages, rest | dict(fields.get("extra_body") or {}))
     return _Call(body, fields.get("extra_headers") or {}, fields.get("provider_keys") or {})
 
 
+def _tool_list(tools: Any) -> list[ToolLike]:
+    """The tools of a request. Raises `TypeError` for what is none."""
+    if tools is None:
+        return []
+    if isinstance(tools, (str, Mapping, BaseModel, Tool, Native)) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools is a list of tools; not {tools!r}")
+    given = list(tools)
+    for tool in given:
+        if not isinstance(tool, (Mapping, BaseModel, Tool, Native)):
+            raise TypeError(f"{tool!r} is no tool" + ("; decorate it with @tool" if callable(tool) else ""))
+    return given
+
+
 def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> JSON:
     """The JSON body of a request, with answers of earlier turns and pydantic objects made plain."""
+    if isinstance(messages, (Mapping, BaseModel)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is a text or a list of turns; not of the type {type(messages).__name__}")
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [_turn(turn) for turn in messages]
     rest = {key: _plain(value) for key, value in fields.items() if value is not None}
     return {"model": model, "messages": turns} | rest
@@ -1323,7 +1342,7 @@ class AsyncMessages:
     ) -> AsyncRun:
         options, rest = _split_options(fields)
         call = _call(model, messages, rest)
-        tools = rest.get("tools", ())
+        tools = _tool_list(rest.get("tools"))
         return AsyncRun(self._client, lambda: call, tools, options, streaming=streaming, call_hook=call_hook or _inline)
 
 
@@ -1825,7 +1844,9 @@ class AsyncRun:
         if before_call := self._options.get("before_call"):
             body = copy.deepcopy(body)
             changed = await self._hook(before_call, body)
-            body = body if changed is None else changed
+            if not isinstance(changed, (Mapping, type(None))):
+                raise TypeError(f"before_call returns a request or None; not {type(changed).__name__}")
+            body = body if changed is None else dict(changed)
         return replace(call, body=body)
 
     def _answered(self, response: Message) -> Step:
@@ -2037,13 +2058,15 @@ class Extracted(Generic[T]):
 class _Form:
     """A type as a model is asked for it, and its answer read. What is no object in JSON is wrapped in one."""
 
-    tool_name = "answer"
-
-    def __init__(self, kind: Any) -> None:
+    def __init__(self, kind: Any, tools: Sequence[JSON] = ()) -> None:
+        taken = {tool.get("name") for tool in tools}
+        names = ("answer", *(f"answer_{number}" for number in range(2, len(taken) + 3)))
+        self.tool_name = next(name for name in names if name not in taken)
         self._ways = ["native", "forced", "offered"]
         self._adapter: TypeAdapter[Any] = TypeAdapter(_portable(kind))
-        schema = _lean(self._adapter.json_schema())
-        defs = schema.pop("$defs", {})
+        schema = self._adapter.json_schema()
+        defs = _lean({"$defs": schema.pop("$defs", {})})["$defs"]
+        schema = _lean(schema)
         if set(schema) == {"$ref"}:  # a model that refers to itself
             schema = defs[schema["$ref"].rpartition("/")[2]]
         self._wrapped = schema.get("type") != "object"
@@ -2078,6 +2101,8 @@ class _Form:
             found = calls[0] if calls else providers.loads(_unfenced(response.text))
         except ValueError as fault:
             raise ValueError(f"The answer is not JSON: {fault}") from None
+        if calls and found.get("invalid_json"):
+            raise ValueError("The answer is not a whole JSON object.")
         if self._wrapped and isinstance(found, dict) and "value" in found:
             found = found["value"]
         try:
@@ -2113,10 +2138,17 @@ _UNMENDABLE = {
 async def _extract(client: AsyncClient, kind: Any, call: _Call) -> Extracted[Any]:
     if taken := {"output_format", "tool_choice"} & call.body.keys():
         raise TypeError(f"extract() sets {min(taken)} itself")
-    form, usage = _Form(kind), Usage()
-    for _ in range(2):
+    if "format" in (call.body.get("output_config") or {}):
+        raise TypeError("extract() sets output_config.format itself")
+    form, usage = _Form(kind, call.body.get("tools", ())), Usage()
+    chances = 2
+    while chances:
         response = await form.ask(client, call)
         usage = _added(usage, response.usage)
+        if response.stop_reason == "pause_turn":
+            call = replace(call, body={**call.body, "messages": [*call.body["messages"], _turn(response)]})
+            continue
+        chances -= 1
         try:
             return Extracted(form.read(response), response, usage)
         except ValueError as fault:
@@ -2138,6 +2170,17 @@ class TurnFields(RunFields, total=False):
     """What one turn of a conversation may have of its own."""
 
     model: str
+
+
+_KEY_HOLDERS = ("extra_body", "extensions", "mcp_servers")
+_KEY_FIELDS = {"provider_keys", "authorization_token", "authorization", "headers", "api_key"}
+
+
+def _keyless(value: Any) -> Any:
+    """What may be saved of a field in which providers have keys."""
+    if isinstance(value, dict):
+        return {key: _keyless(item) for key, item in value.items() if key.lower() not in _KEY_FIELDS}
+    return [_keyless(item) for item in value] if isinstance(value, list) else value
 
 
 class _Chat:
@@ -2172,6 +2215,7 @@ class _Chat:
         of which only the descriptions are kept."""
         kept = RequestFields.__annotations__.keys() - {"provider_keys", "extra_headers"}
         fields = {name: _plain(value) for name, value in self._fields.items() if name in kept and value is not None}
+        fields |= {name: _keyless(fields[name]) for name in _KEY_HOLDERS if name in fields}
         return {"version": 1, "model": self.model, "messages": copy.deepcopy(self.messages), "fields": fields,
                 "usage": self.usage.to_wire()}  # fmt: skip
 
@@ -2207,7 +2251,7 @@ class _Chat:
         return AsyncRun(
             self._client,
             start,
-            fields.get("tools", ()),
+            _tool_list(fields.get("tools")),
             options,
             streaming=streaming,
             call_hook=self._call_hook,
@@ -2220,19 +2264,25 @@ def _loaded(data: Mapping[str, Any] | str, tools: Sequence[ToolLike]) -> tuple[s
     try:
         saved = json.loads(data) if isinstance(data, str) else data
         if saved["version"] != 1:
-            raise ValueError(f"a conversation of version {saved['version']}; this vai knows version 1")
-        model, messages, fields = str(saved["model"]), copy.deepcopy(saved["messages"]), dict(saved["fields"])
+            raise TypeError(f"a conversation of version {saved['version']}; this vai knows version 1")
+        model, messages, fields = saved["model"], copy.deepcopy(saved["messages"]), saved["fields"]
+        for name, value, kind in (("model", model, str), ("messages", messages, list), ("fields", fields, Mapping)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is of the type {type(value).__name__}")
+        _call(model, messages, fields)
         if messages:
             providers.parse_request({"model": "anthropic/any", "messages": messages})
         usage = Usage.model_validate(saved.get("usage") or {})
-    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as fault:
-        raise ValueError(f"not a conversation as dump() gives it: {type(fault).__name__}: {fault}") from None
-    except InvalidRequestError as fault:
+    except (KeyError, json.JSONDecodeError) as fault:
+        lacks = f"not JSON: {fault}" if isinstance(fault, ValueError) else f"it has no {fault}"
+        raise ValueError(f"not a conversation as dump() gives it: {lacks}") from None
+    except (TypeError, ValidationError, InvalidRequestError) as fault:
         raise ValueError(f"not a conversation as dump() gives it: {fault}") from None
+    loaded: Any = dict(fields)
     if tools:
         own = {_tool_name(tool) for tool in tools}
-        fields["tools"] = [*tools, *(tool for tool in fields.get("tools", ()) if _tool_name(tool) not in own)]
-    loaded: Any = fields
+        described = (tool for tool in _tool_list(fields.get("tools")) if _tool_name(tool) not in own)
+        loaded["tools"] = [*_tool_list(tools), *described]
     return model, messages, loaded, usage
 
 
@@ -2660,8 +2710,11 @@ class FakeModel(Direct):
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         events, fault = self._next(request)
         message = providers.accumulate(events)
-        if fault or message is None:
-            raise fault or StreamTruncated("the script's answer is empty")
+        if fault:
+            fault.begun = bool(events)
+            raise fault
+        if message is None:
+            raise StreamTruncated("the script's answer is empty")
         message._dropped = list(request.dropped)
         return message
 
@@ -2684,17 +2737,33 @@ class FakeModel(Direct):
             return [], answer
         build = providers.EventBuilder(request.provider, request.tool_names)
         message = answer if isinstance(answer, Message) else None
-        content = message.content if message else [text(answer)] if isinstance(answer, str) else answer
-        prompt = len(providers.dumps(request.body)) // 4
+        prompt = len(providers.dumps({**request.body, "stream": False})) // 4
         events = build.start(message and message.id, request.model_name, providers.make_usage(prompt))
-        for key, block in enumerate(content):
+        for key, block in enumerate(self._content(answer)):
             if isinstance(block, Error):
                 return events, block
-            events += self._block(build, key, _plain(block))
+            events += self._block(build, key, block)
         said = sum(len(providers.dumps(event.to_wire())) for event in events) // 40
         usage = message.usage.to_wire() if message else providers.make_usage(prompt, said)
         stop = (message and message.stop_reason) or "end_turn"
         return [*events, *build.finish(stop, usage, stop_sequence=message.stop_sequence if message else None)], None
+
+    @staticmethod
+    def _content(answer: Any) -> list[JSON | Error]:
+        """The blocks of an answer. Raises `TypeError` for what is none."""
+        if isinstance(answer, str):
+            return [text(answer)]
+        content = answer.content if isinstance(answer, Message) else answer
+        try:
+            if not isinstance(content, (list, tuple)):
+                raise ValueError
+            blocks: list[JSON | Error] = [item if isinstance(item, Error) else _plain(item) for item in content]
+            for block in blocks:
+                if not isinstance(block, Error):
+                    providers.parse_block(block)
+        except ValueError:
+            raise TypeError(f"an answer is a text, a list of blocks, a Message or an Error; not {answer!r}") from None
+        return blocks
 
     @staticmethod
     def _block(build: EventBuilder, key: int, block: JSON) -> list[StreamEvent]:
@@ -2707,10 +2776,11 @@ class FakeModel(Direct):
                 for citation in rest.get("citations") or ():
                     events += build.citation(citation, key)
             case {"type": "thinking", "thinking": str(thoughts), **rest}:
-                events += build.thinking(thoughts or " ", key)
+                events += build.open(key, ThinkingText(type="thinking", thinking="", signature=""))
+                events += build.thinking(thoughts, key)
                 events += build.delta(key, SignatureDelta(rest.get("signature") or ""))
-            case {"type": "tool_use", "name": str(name), **rest}:
-                events += build.tool_use(key, rest.get("id"), name, json.dumps(rest.get("input") or {}))
+            case {"type": "tool_use", "id": id, "name": str(name), "input": input, **rest}:
+                events += build.tool_use(key, id, name, json.dumps(input), **rest)
             case _:
                 return build.whole(block)
         return events + build.close(key)
