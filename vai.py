@@ -28,6 +28,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import json
 import math
 import mimetypes
@@ -62,6 +63,7 @@ from typing import (
     ClassVar,
     Generic,
     Literal,
+    NoReturn,
     NotRequired,
     ParamSpec,
     Protocol,
@@ -531,10 +533,14 @@ def attachment(source: Source) -> JSON:
     url = isinstance(source, str) and re.match(r"https?://", source)
     name = "" if isinstance(source, bytes) else urllib.parse.urlsplit(str(source)).path if url else os.fspath(source)
     kind = mimetypes.guess_type(name)[0] or ""
-    if not kind and not url:
-        kind = _sniff(source if isinstance(source, bytes) else Path(source).read_bytes()) or ""
+    if not url:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:
+            raise ValueError(f"{name or 'this'} is empty")
+        kind = kind or _sniff(data) or ""
     makers = {"image": image, "audio": audio, "video": video}
-    if maker := makers.get(kind.partition("/")[0]):
+    maker = makers.get(kind.partition("/")[0])
+    if maker and (url or kind != "image/svg+xml"):  # to a model that is text
         return maker(source)
     made = document(source)
     if kind == "application/pdf" or made["source"]["type"] != "base64":
@@ -2818,6 +2824,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     commands = {"chat": _chat_command, "models": _models_command, "login": _login_command}
     try:
         if argv and argv[0] in commands:
@@ -2838,9 +2846,16 @@ def _one_line(fault: Error) -> str:
     return " ".join(f"vai: {whose}{fault}".split())
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is what `--help` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
     """What asking and chatting have in common."""
-    parser = argparse.ArgumentParser(prog=name, description=description, **options)
+    parser = _Parser(prog=name, description=description, **options)
     parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
     parser.add_argument("-s", "--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N")
@@ -2853,7 +2868,9 @@ def _request_fields(parser: argparse.ArgumentParser, options: argparse.Namespace
     fields: RequestFields = {}
     if options.system:
         fields["system"] = options.system
-    if options.max_tokens:
+    if options.max_tokens is not None:
+        if options.max_tokens < 1:
+            parser.error("max_tokens must be at least 1")
         fields["max_tokens"] = options.max_tokens
     return fields
 
@@ -2964,7 +2981,7 @@ def _chat_turn(chat: Conversation, line: str) -> None:
 
 
 def _models_command(argv: Sequence[str]) -> None:
-    argparse.ArgumentParser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
+    _Parser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
     with _environment_client() as client:
         listed = client.models.list()
     for row in listed.providers:
@@ -2976,11 +2993,14 @@ def _models_command(argv: Sequence[str]) -> None:
 
 def _environment_client() -> Client:
     """Through the gateway that VAI_BASE_URL names, if any; else in process."""
-    return Client(base_url=os.environ.get("VAI_BASE_URL") or None, api_key=os.environ.get("VAI_API_KEY") or None)
+    base_url, api_key = os.environ.get("VAI_BASE_URL") or None, os.environ.get("VAI_API_KEY") or None
+    if api_key and not base_url:
+        raise InvalidRequestError("VAI_API_KEY is a gateway's key: set VAI_BASE_URL too", param="VAI_BASE_URL")
+    return Client(base_url=base_url, api_key=api_key)
 
 
 def _login_command(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="vai login", description="Log in to Gemini Code Assist.")
+    parser = _Parser(prog="vai login", description="Log in to Gemini Code Assist.")
     parser.add_argument("provider", choices=["gemini-oauth"])
     parser.parse_args(argv)
     login = GoogleLogin.from_environ(os.environ)
