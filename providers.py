@@ -1889,9 +1889,7 @@ class EventBuilder:
         events = self._ensure(key, ThinkingText(type="thinking", thinking="", signature=""))
         return [*events, *self.delta(key, SignatureDelta(sign(self.provider, state))), *self.close(key)]
 
-    def tool_use(
-        self, key: Any, id: Any, name: str, arguments: str | None = None, **more: Any
-    ) -> list[StreamEvent]:
+    def tool_use(self, key: Any, id: Any, name: str, arguments: str | None = None, **more: Any) -> list[StreamEvent]:
         """A tool call; `arguments` if they came whole, else by `arguments(key, fragment)`."""
         self.called_tools = True
         events = self.open(key, ToolUse(type="tool_use", id=self._tool_id(id), name=name, input={}, **more))

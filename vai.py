@@ -183,7 +183,7 @@ class Tool(Generic[P, R_co]):
         functools.update_wrapper(self, described, updated=())
         summary, about = read_docstring(inspect.getdoc(described) or "")
         self.function = function
-        self.name = name or named.__name__
+        self.name: str = name or named.__name__
         self.description = summary if description is None else description
         self.strict = strict
         self.timeout = timeout
