@@ -687,11 +687,12 @@ def _tool_list(tools: Any) -> list[ToolLike]:
     if tools is None:
         return []
     if isinstance(tools, (str, Mapping, BaseModel, Tool, Native)) or not isinstance(tools, Iterable):
-        raise TypeError(f"tools is a list of tools; not {tools!r}")
+        raise TypeError(f"tools is a list of tools; not of the type {type(tools).__name__}")
     given = list(tools)
     for tool in given:
         if not isinstance(tool, (Mapping, BaseModel, Tool, Native)):
-            raise TypeError(f"{tool!r} is no tool" + ("; decorate it with @tool" if callable(tool) else ""))
+            name = getattr(tool, "__name__", type(tool).__name__)
+            raise TypeError(f"{name} is no tool" + ("; decorate it with @tool" if callable(tool) else ""))
     return given
 
 
@@ -2285,10 +2286,9 @@ def _loaded(data: Mapping[str, Any] | str, tools: Sequence[ToolLike]) -> tuple[s
     except (TypeError, ValidationError, InvalidRequestError) as fault:
         raise ValueError(f"not a conversation as dump() gives it: {fault}") from None
     loaded: Any = dict(fields)
-    if tools:
-        own = {_tool_name(tool) for tool in tools}
-        described = (tool for tool in _tool_list(fields.get("tools")) if _tool_name(tool) not in own)
-        loaded["tools"] = [*_tool_list(tools), *described]
+    if given := _tool_list(tools):
+        own = {_tool_name(tool) for tool in given}
+        loaded["tools"] = [*given, *(tool for tool in _tool_list(fields.get("tools")) if _tool_name(tool) not in own)]
     return model, messages, loaded, usage
 
 

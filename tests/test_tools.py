@@ -618,6 +618,78 @@ async def test_a_name_that_is_none_of_the_screens(name: str) -> None:
         assert done == acts
 
 
+# == What cannot be meant ==============================================================================================
+
+
+@pytest.mark.parametrize("way", ["create", "stream", "run", "run_stream", "extract", "conversation"])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": [measured]}, "measured is no tool; decorate it with @tool"),
+        ({"tools": [forecast, 5]}, "int is no tool"),
+        ({"tools": forecast}, "tools is a list of tools; not of the type Tool"),
+        ({"tools": measured}, "tools is a list of tools; not of the type function"),
+        ({"tools": vai.web_search()}, "tools is a list of tools"),
+        ({"tools": {"name": "x", "input_schema": {}}}, "tools is a list of tools"),
+        ({"messages": None}, "messages is a text or a list of turns; not of the type NoneType"),
+        (
+            {"messages": {"role": "user", "content": "Hi"}},
+            "messages is a text or a list of turns; not of the type dict",
+        ),
+    ],
+)
+async def test_arguments_of_a_wrong_kind(way: str, fields: JSON, says: str) -> None:
+    """A TypeError that says what is wanted, before anything is asked; the same for both clients."""
+    model = vai.FakeModel("fine")
+    request = {"model": "openai/gpt-4o", "messages": "Hi", **fields}
+    kind = (str,) if way == "extract" else ()
+    async with vai.AsyncClient(engine=model) as client:
+        with pytest.raises(TypeError, match=says):
+            if way == "conversation":
+                client.conversation(**request)
+            elif "stream" in way:
+                getattr(client.messages, way)(**request)
+            else:
+                await getattr(client.messages, way)(*kind, **request)
+    with vai.Client(engine=model) as blocking, pytest.raises(TypeError, match=says):
+        if way == "conversation":
+            blocking.conversation(**request)
+        else:
+            getattr(blocking.messages, way)(*kind, **request)
+    assert not model.calls
+
+
+async def test_no_tools_at_all() -> None:
+    """None is not given; tools may be any series."""
+    model = vai.FakeModel("one", "two", [vai.tool_use("measured", place="Oslo", hour=1)], "three")
+    async with vai.AsyncClient(engine=model) as client:
+        for fields in ({"tools": None}, {"tools": ()}, {"tools": (vai.tool(measured),)}):
+            result = await client.messages.run(model="openai/gpt-4o", messages="Hi", **fields)  # type: ignore[arg-type]
+    assert result.steps[0].tool_calls[0].output == "Oslo 1"
+    assert [len(body.get("tools") or ()) for body in model.calls] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [("timeout", "the Client's"), ("max_turns", r"run\(\)"), ("stop_when", r"run\(\)"), ("seed", "extra_body")],
+)
+async def test_options_of_elsewhere(field: str, says: str) -> None:
+    """An argument that `create` has not is a TypeError that says whose it is."""
+    async with vai.AsyncClient(engine=vai.FakeModel()) as client:
+        with pytest.raises(TypeError, match=f"unknown argument '{field}'; .*{says}"):
+            await client.messages.create(model="openai/gpt-4o", messages="Hi", **{field: 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("returned", ["text", [1], 5])
+async def test_a_hook_that_returns_no_request(returned: Any) -> None:
+    """`before_call` gives a request or None; anything else is a TypeError that names the hook."""
+    model = vai.FakeModel("fine")
+    async with vai.AsyncClient(engine=model) as client:
+        with pytest.raises(TypeError, match="before_call"):
+            await client.messages.run(model="openai/gpt-4o", messages="Hi", before_call=lambda body: returned)
+    assert not model.calls
+
+
 # == Results ===========================================================================================================
 
 URL = {"type": "url", "url": "https://example.com/a.png"}
