@@ -2556,7 +2556,7 @@ def is_strict(schema: Any) -> bool:
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    if _NOT_STRICT & schema.keys() or not {"type", "properties", "anyOf", "$ref", "enum", "const"} & schema.keys():
+    if _NOT_STRICT & schema.keys() or not {"type", "anyOf", "$ref"} & schema.keys():
         return False
     if ("$ref" in schema and schema.keys() - {"$ref", "$defs"}) or ("items" not in schema and _is_list(schema)):
         return False
