@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import inspect
 import json
 import re
 import uuid
@@ -642,21 +643,20 @@ async def test_arguments_of_a_wrong_kind(way: str, fields: JSON, says: str) -> N
     """A TypeError that says what is wanted, before anything is asked; the same for both clients."""
     model = vai.FakeModel("fine")
     request = {"model": "openai/gpt-4o", "messages": "Hi", **fields}
-    kind = (str,) if way == "extract" else ()
     async with vai.AsyncClient(engine=model) as client:
         with pytest.raises(TypeError, match=says):
-            if way == "conversation":
-                client.conversation(**request)
-            elif "stream" in way:
-                getattr(client.messages, way)(**request)
-            else:
-                await getattr(client.messages, way)(*kind, **request)
-    with vai.Client(engine=model) as blocking, pytest.raises(TypeError, match=says):
-        if way == "conversation":
-            blocking.conversation(**request)
-        else:
-            getattr(blocking.messages, way)(*kind, **request)
+            await asked(client, way, request)
+    with vai.Client(engine=model) as blocking:
+        with pytest.raises(TypeError, match=says):
+            await asked(blocking, way, request)
     assert not model.calls
+
+
+async def asked(client: Any, way: str, request: JSON) -> None:
+    method = client.conversation if way == "conversation" else getattr(client.messages, way)
+    value = method(str, **request) if way == "extract" else method(**request)
+    if inspect.isawaitable(value):
+        await value
 
 
 async def test_no_tools_at_all() -> None:
