@@ -335,6 +335,8 @@ def _lean(schema: Any) -> Any:
     for key, value in schema.items():
         if key in ("properties", "$defs"):
             out[key] = {name: _lean(item) for name, item in value.items()}
+        elif key in ("default", "examples", "enum", "const"):  # no schemas
+            out[key] = value
         elif key not in ("title", "discriminator"):
             out["anyOf" if key == "oneOf" else key] = _lean(value)
     return {"anyOf": [{"$ref": out.pop("$ref")}], **out} if "$ref" in out and len(out) > 1 else out

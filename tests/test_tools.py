@@ -267,6 +267,7 @@ def test_types_of_parameters(hint: Any, schema: JSON, given: Any, got: Any) -> N
         (list[int], [], []),
         (str | None, None, None),
         (Day, Day("x"), {"name": "x"}),
+        (dict[str, str], {"title": "x"}, {"title": "x"}),
         (Place, Place(city="Oslo"), {"city": "Oslo", "country": "NO"}),
     ],
 )
