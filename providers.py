@@ -3612,7 +3612,7 @@ def _response_turn(message: MessageParam, kinds: dict[str, str]) -> list[JSON]:
                         "name": block.name,
                         "arguments": arguments,
                     }
-                    | following
+                    | {key: value for key, value in following.items() if key != "phase"}
                 )
             case ImageBlock(source=Base64Source(data=data)) if (
                 items and items[-1].get("type") == "image_generation_call"

@@ -754,3 +754,15 @@ def test_values_as_results(value: Any, content: Any) -> None:
     """Blocks go as blocks, images as images, anything else as JSON; empty text, which is refused, is left out."""
     found = vai.tool_result("t", value)["content"]
     assert found == ([content] if isinstance(content, dict) else content)
+
+
+@both_modes
+async def test_a_call_after_words(world: World, mode: str) -> None:
+    """The phase that OpenAI gives the words of an answer is not put on the call beside them."""
+    tools = [vai.tool(measured)]
+    asks = '[say Well.][tool measured {"place":"Oslo","hour":1}][then][say So.]'
+    async with vai.AsyncClient(**world.options(mode), max_retries=0) as client:
+        result = await client.messages.run(model="oai-resp/gpt-6-astra", messages=asks, tools=tools)
+    assert result.text == "So."
+    words, call = [item for item in world.bodies[1]["input"] if item.get("role") == "assistant" or "arguments" in item]
+    assert (words["phase"], "phase" in call) == ("commentary", False)
