@@ -1988,10 +1988,10 @@ class EventBuilder:
         events = self._ensure(key, ThinkingText(type="thinking", thinking="", signature=""))
         return [*events, *self.delta(key, SignatureDelta(sign(self.provider, state))), *self.close(key)]
 
-    def tool_use(self, key: Any, id: Any, name: str, arguments: str | None = None) -> list[StreamEvent]:
+    def tool_use(self, key: Any, id: Any, name: str, arguments: str | None = None, **more: Any) -> list[StreamEvent]:
         """A tool call; `arguments` if they came whole, else by `arguments(key, fragment)`."""
         self.called_tools = True
-        events = self.open(key, ToolUse(type="tool_use", id=self._tool_id(id), name=name, input={}))
+        events = self.open(key, ToolUse(type="tool_use", id=self._tool_id(id), name=name, input={}, **more))
         if arguments is not None:
             text = arguments if is_object(arguments) else dumps(tool_input(arguments)).decode("ascii")
             events += [*self.delta(key, InputJSONDelta(text)), *self.close(key)]
@@ -2654,6 +2654,11 @@ def _is_object_schema(schema: JSON) -> bool:
     return schema.get("type") == "object" or isinstance(schema.get("properties"), dict)
 
 
+def _is_list(schema: JSON) -> bool:
+    kind = schema.get("type")
+    return kind == "array" or (isinstance(kind, list) and "array" in kind)
+
+
 def closed_schema(schema: Any) -> Any:
     """A JSON schema whose objects say `additionalProperties: false`, as constrained decoding asks of every one."""
     if isinstance(schema, list):
@@ -2669,12 +2674,24 @@ def closed_schema(schema: Any) -> Any:
     return out | {"additionalProperties": out.get("additionalProperties", False)} if _is_object_schema(out) else out
 
 
+_NOT_STRICT = {  # what OpenAI's strict mode refuses wherever it stands
+    *("allOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "patternProperties"),
+    *("propertyNames", "minProperties", "maxProperties", "unevaluatedProperties", "unevaluatedItems"),
+    *("prefixItems", "uniqueItems", "contains", "minContains", "maxContains"),
+}
+
+
 def is_strict(schema: Any) -> bool:
-    """Whether OpenAI's strict mode takes the schema: every object closed, every property required."""
+    """Whether OpenAI's strict mode takes the schema: every object closed, every property required, every schema says
+    something, and none of it more than strict mode has a word for."""
     if isinstance(schema, list):
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
+    if _NOT_STRICT & schema.keys() or not {"type", "anyOf", "$ref"} & schema.keys():
+        return False
+    if ("$ref" in schema and schema.keys() - {"$ref", "$defs"}) or ("items" not in schema and _is_list(schema)):
+        return False
     if _is_object_schema(schema):
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if schema.get("additionalProperties") is not False or not isinstance(properties, dict):

@@ -266,13 +266,39 @@ def open_objects(schema: Any, all_required: bool, path: tuple[str, ...] = ()) ->
             yield context, "additionalProperties"
         if all_required:
             yield from ((context, key) for key in properties if key not in (schema.get("required") or []))
+    for place, inner in subschemas(schema, path):
+        yield from open_objects(inner, all_required, place)
+
+
+def subschemas(schema: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     for group in ("properties", "$defs", "definitions"):
         for name, inner in sub(schema, group).items():
-            yield from open_objects(inner, all_required, (*path, group, name))
+            yield (*path, group, name), inner
     for group in ("anyOf", "allOf"):
         for i, inner in dicts(schema.get(group)):
-            yield from open_objects(inner, all_required, (*path, group, str(i)))
-    yield from open_objects(schema.get("items"), all_required, (*path, "items"))
+            yield (*path, group, str(i)), inner
+    if "items" in schema:
+        yield (*path, "items"), schema["items"]
+
+
+NOT_STRICT = ("allOf", "oneOf", "not", "if", "patternProperties", "prefixItems", "uniqueItems", "contains")
+
+
+def strict_words(schema: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """What OpenAI's strict mode says of a schema that uses more of JSON Schema than it knows, or says nothing."""
+    if not isinstance(schema, dict):
+        return
+    context = "(" + ", ".join(f"'{part}'" for part in path) + ")"
+    yield from (f"In context={context}, '{word}' is not permitted." for word in NOT_STRICT if word in schema)
+    beside = sorted(schema.keys() - {"$ref", "$defs", "definitions"})
+    if "$ref" in schema and beside:
+        yield f"context={context}, $ref cannot have keywords {{'{beside[0]}'}}."
+    if not schema.keys() & {"type", "anyOf", "$ref"}:
+        yield f"In context={context}, schema must have a 'type' key."
+    if schema.get("type") == "array" and "items" not in schema:
+        yield f"In context={context}, array schema missing items."
+    for place, inner in subschemas(schema, path):
+        yield from strict_words(inner, place)
 
 
 # == Directives ======================================================================================================
@@ -1847,6 +1873,9 @@ def strict_rules(what: str, param: str, schema: Any, all_required: bool) -> Iter
             words = "'required' is required to be supplied and to be an array including every key in properties. "
             words += f"Missing '{key}'."
         yield Refusal(f"Invalid schema for {what}: In context={context}, {words}", param=param, code=code)
+    if all_required:
+        for words in strict_words(schema):
+            yield Refusal(f"Invalid schema for {what}: {words}", param=param, code=code)
 
 
 def chat_format(provider: str, form: Json) -> Iterator[Refusal]:

@@ -28,6 +28,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import json
 import mimetypes
 import operator
@@ -61,6 +62,7 @@ from typing import (
     Concatenate,
     Generic,
     Literal,
+    NoReturn,
     NotRequired,
     ParamSpec,
     Protocol,
@@ -169,14 +171,23 @@ class Tool(Generic[P, R_co]):
         strict: bool | None = None,
         timeout: float | None = None,
     ) -> None:
-        functools.update_wrapper(self, function)
-        summary, about = read_docstring(inspect.getdoc(function) or "")
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout is a number of seconds; not {timeout!r}")
+        named: Any = function
+        while isinstance(named, functools.partial):
+            named = named.func
+        if not callable(named) or not (name or hasattr(named, "__name__")):
+            lacks = "has no name of its own: tool(…, name=…)" if callable(named) else "is no function"
+            raise TypeError(f"{type(named).__name__} {lacks}")
+        described = named if hasattr(named, "__name__") else named.__call__
+        functools.update_wrapper(self, described, updated=())
+        summary, about = read_docstring(inspect.getdoc(described) or "")
         self.function = function
-        self.name = name or function.__name__
+        self.name: str = name or named.__name__
         self.description = summary if description is None else description
         self.strict = strict
         self.timeout = timeout
-        self._input = _input_model(function, self.name, about)
+        self._input = _input_model(function, described, self.name, about)
         self.input_schema: JSON = _lean(self._input.model_json_schema())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
@@ -221,7 +232,7 @@ class Tool(Generic[P, R_co]):
             checked = self._input.model_validate(input)
         except ValidationError as fault:
             raise ValueError(_told(fault, "The input does not fit the tool's schema:")) from None
-        return {name: getattr(checked, name) for name in checked.model_fields_set}
+        return {name.removeprefix(_FIELD): getattr(checked, name) for name in checked.model_fields_set}
 
 
 @overload
@@ -247,49 +258,71 @@ def tool(function: Any = None, /, **options: Any) -> Any:
 
     Parameter descriptions come from `Annotated[str, "…"]` or from the docstring (Google, NumPy or Sphinx style).
     `strict` asks the provider to hold the model to the schema; `timeout` (seconds) stands over a run's `tool_timeout`.
-    Raises `TypeError` for `*args` and `**kwargs`.
+    What a `functools.partial` gives by name is no input of the model's.
+    Raises `TypeError` for `*args` and `**kwargs`, for a generator, and for an object that has no name.
     """
     return Tool(function, **options) if function is not None else lambda function: Tool(function, **options)
 
 
-def _input_model(function: Callable[..., Any], name: str, about: Mapping[str, str]) -> type[BaseModel]:
-    """A pydantic model of a function's parameters."""
-    hints = get_type_hints(function, include_extras=True)
+_FIELD = "arg_"  # before the names of fields: a parameter may be called as what pydantic's models have themselves
+
+
+def _input_model(
+    function: Callable[..., Any], described: Callable[..., Any], name: str, about: Mapping[str, str]
+) -> type[BaseModel]:
+    """A pydantic model of a function's parameters, whose annotations are those of `described`."""
+    if inspect.isgeneratorfunction(described) or inspect.isasyncgenfunction(described):
+        raise TypeError(f"{name}() is a generator; a tool returns its result whole")
+    noted = {key: hint for key, hint in getattr(described, "__annotations__", {}).items() if key != "return"}
+    hints = get_type_hints(types.SimpleNamespace(__annotations__=noted, __wrapped__=described), include_extras=True)
     fields: dict[str, Any] = {}
     parameters = list(inspect.signature(function).parameters.values())
     if parameters and parameters[0].name == "self" and "self" not in hints:  # of a method, before it is bound
         del parameters[0]
+    given = function.keywords if isinstance(function, functools.partial) else {}
     for parameter in parameters:
+        if parameter.name in given:
+            continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"a tool takes named parameters only; {name}() has {parameter}")
         hint = _portable(hints.get(parameter.name, Any))
-        notes = getattr(hint, "__metadata__", ())
-        described = next((note for note in notes if isinstance(note, str)), about.get(parameter.name))
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (hint, Field(default, description=described))
+        notes = [getattr(note, "description", note) for note in getattr(hint, "__metadata__", ())]
+        notes.append(about.get(parameter.name))
+        fields[_FIELD + parameter.name] = (
+            hint,
+            Field(
+                ... if parameter.default is parameter.empty else parameter.default,
+                alias=parameter.name,
+                description=next((note for note in notes if isinstance(note, str)), None),
+            ),
+        )
     return create_model(f"{name}_input", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
 
 
-def _portable(hint: Any) -> Any:
+def _portable(hint: Any, made: dict[Any, Any] | None = None) -> Any:
     """The type with each `typing.TypedDict` in it as one that pydantic takes; it refuses them before Python 3.12."""
     if sys.version_info >= (3, 12):
         return hint
+    made = {} if made is None else made
     if type(hint).__name__ == "_TypedDictMeta" and type(hint).__module__ == "typing":
-        from typing_extensions import TypedDict as Portable  # which pydantic brings
+        if hint not in made:
+            from typing_extensions import TypedDict as Portable  # which pydantic brings
 
-        fields: dict[str, Any] = {}
-        for name, item in get_type_hints(hint, include_extras=True).items():
-            kind: Any = get_origin(item)
-            if kind in (Required, NotRequired):
-                item = get_args(item)[0]
-            else:
-                kind = Required if name in hint.__required_keys__ else NotRequired
-            fields[name] = kind[_portable(item)]
-        return Portable(hint.__name__, fields)  # type: ignore[operator]
+            made[hint] = Portable(hint.__name__, {})  # type: ignore[operator]  # before its fields: one may be of it
+            fields: dict[str, Any] = {}
+            for name, item in get_type_hints(hint, include_extras=True).items():
+                kind: Any = get_origin(item)
+                if kind in (Required, NotRequired):
+                    item = get_args(item)[0]
+                else:
+                    kind = Required if name in hint.__required_keys__ else NotRequired
+                fields[name] = kind[_portable(item, made)]
+            made[hint].__annotations__ = fields
+        return made[hint]
     origin, args = get_origin(hint), get_args(hint)
     if origin is None or origin is Literal or not args:
         return hint
-    inner = tuple(_portable(arg) for arg in args)
+    inner = tuple(_portable(arg, made) for arg in args)
     if inner == args:
         return hint
     if origin in (Union, types.UnionType):
@@ -298,8 +331,8 @@ def _portable(hint: Any) -> Any:
 
 
 def _lean(schema: Any) -> Any:
-    """A schema of pydantic's without the titles it makes up, which only cost tokens, and with `anyOf` for `oneOf`, the
-    one kind of union that every provider knows."""
+    """A schema of pydantic's without the titles it makes up, which only cost tokens, with `anyOf` for `oneOf`, the one
+    kind of union that every provider knows, and with nothing beside a `$ref`, as strict modes ask."""
     if isinstance(schema, list):
         return [_lean(item) for item in schema]
     if not isinstance(schema, dict):
@@ -308,9 +341,11 @@ def _lean(schema: Any) -> Any:
     for key, value in schema.items():
         if key in ("properties", "$defs"):
             out[key] = {name: _lean(item) for name, item in value.items()}
+        elif key in ("default", "examples", "enum", "const"):  # no schemas
+            out[key] = value
         elif key not in ("title", "discriminator"):
             out["anyOf" if key == "oneOf" else key] = _lean(value)
-    return out
+    return {"anyOf": [{"$ref": out.pop("$ref")}], **out} if "$ref" in out and len(out) > 1 else out
 
 
 def _told(fault: ValidationError, what: str) -> str:
@@ -430,6 +465,20 @@ def image_generation(**config: Any) -> Native:
     return Native("image_generation", config)
 
 
+_ACTING = {  # what a model may call of them, beside the members of Anthropic's set `computer`; the last are Gemini's
+    "str_replace_based_edit_tool": "text_editor",
+    "text_editor": "text_editor",
+    "computer": "computer_use",
+    **dict.fromkeys(
+        (
+            *("open_web_browser", "wait_5_seconds", "go_back", "go_forward", "search", "navigate", "click_at"),
+            *("hover_at", "type_text_at", "key_combination", "scroll_document", "scroll_at", "drag_and_drop"),
+        ),
+        "computer_use",
+    ),
+}
+
+
 # == Content helpers ===================================================================================================
 
 Source: TypeAlias = str | bytes | os.PathLike[str]
@@ -492,10 +541,14 @@ def attachment(source: Source) -> JSON:
     url = isinstance(source, str) and re.match(r"https?://", source)
     name = "" if isinstance(source, bytes) else urllib.parse.urlsplit(str(source)).path if url else os.fspath(source)
     kind = mimetypes.guess_type(name)[0] or ""
-    if not kind and not url:
-        kind = _sniff(source if isinstance(source, bytes) else Path(source).read_bytes()) or ""
+    if not url:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:
+            raise ValueError(f"{name or 'this'} is empty")
+        kind = kind or _sniff(data) or ""
     makers = {"image": image, "audio": audio, "video": video}
-    if maker := makers.get(kind.partition("/")[0]):
+    maker = makers.get(kind.partition("/")[0])
+    if maker and (url or kind != "image/svg+xml"):  # to a model that is text
         return maker(source)
     made = document(source)
     if kind == "application/pdf" or made["source"]["type"] != "base64":
@@ -507,7 +560,12 @@ def attachment(source: Source) -> JSON:
     return {**made, "source": {"type": "text", "media_type": "text/plain", "data": plain}}
 
 
-RESULT_BLOCKS = ("text", "image", "document", "search_result")  # of what a tool result may consist
+RESULT_BLOCKS: dict[str, type[BaseModel]] = {  # of what a tool result may consist
+    "text": providers.TextBlock,
+    "image": providers.ImageBlock,
+    "document": providers.DocumentBlock,
+    "search_result": providers.SearchResultBlock,
+}
 
 
 def tool_result(tool_use_id: str, content: object = "", *, is_error: bool = False) -> JSON:
@@ -523,21 +581,31 @@ def _result_content(value: Any) -> str | list[JSON]:
     if isinstance(value, (Message, RunResult)):  # of a model that was asked inside the tool
         return value.text
     items = list(value) if isinstance(value, (list, tuple)) else [value]
-    if items and all(map(_is_result_block, items)) and not all(isinstance(item, str) for item in items):
-        return [_result_block(item) for item in items]
-    return json.dumps(to_jsonable_python(value, fallback=str, bytes_mode="base64"), ensure_ascii=False)
+    blocks = [_result_block(item) for item in items]
+    if None in blocks or all(isinstance(item, str) for item in items):
+        return json.dumps(to_jsonable_python(value, fallback=str, bytes_mode="base64"), ensure_ascii=False)
+    return [block for block in blocks if block and block.get("text") != ""] or ""  # empty text is refused
 
 
-def _is_result_block(item: Any) -> bool:
+def _result_block(item: Any) -> JSON | None:
+    """An item as a block of a tool result; None for data that at most looks like one, which would break the history."""
     if isinstance(item, bytes):
-        return (_sniff(item) or "").startswith("image/")
-    kind = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
-    return isinstance(item, str) or (isinstance(kind, str) and kind in RESULT_BLOCKS)
-
-
-def _result_block(item: Any) -> JSON:
-    made: JSON = image(item) if isinstance(item, bytes) else text(item) if isinstance(item, str) else _plain(item)
-    return made
+        return image(item) if (_sniff(item) or "").startswith("image/") else None
+    if isinstance(item, str):
+        return text(item)
+    block = _plain(item) if isinstance(item, (Mapping, BaseModel)) else None
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(block, dict) or not isinstance(kind, str) or kind not in RESULT_BLOCKS:
+        return None
+    fields = RESULT_BLOCKS[kind].model_fields.keys()
+    try:
+        source = getattr(RESULT_BLOCKS[kind].model_validate(block), "source", None)
+    except ValidationError:
+        return None
+    broken = isinstance(source, providers.Base64Source) and not providers.is_base64(source.data)
+    if broken or block.keys() - fields - {"citations", "transformations"}:
+        return None
+    return {key: value for key, value in block.items() if kind != "text" or key != "citations"}
 
 
 def _source(source: Source, media_type: str | None, default: str) -> JSON:
@@ -610,16 +678,36 @@ def _call(model: str, messages: Messages, fields: Mapping[str, Any]) -> _Call:
         if name == "stream":
             raise TypeError("there is no stream=; use messages.stream(…)")
         near = difflib.get_close_matches(name, RunFields.__annotations__, 1)
-        hint = f"did you mean {near[0]}?" if near and near[0] != name else "a provider's own fields go into extra_body"
+        hint = f"did you mean {near[0]}?" if near else "a provider's own fields go into extra_body"
+        if name in RunOptions.__annotations__:
+            hint = "a whole request's is the Client's" if name == "timeout" else "run() and run_stream() take it"
         raise TypeError(f"unknown argument {name!r}; {hint}")
     beside = ("extra_headers", "extra_body", "provider_keys")
     rest = {name: value for name, value in fields.items() if name not in beside}
+    if rest.get("tools") is not None:
+        rest["tools"] = _tool_list(rest["tools"])
     body = request_body(model, messages, rest | dict(fields.get("extra_body") or {}))
     return _Call(body, fields.get("extra_headers") or {}, fields.get("provider_keys") or {})
 
 
+def _tool_list(tools: Any) -> list[ToolLike]:
+    """The tools of a request. Raises `TypeError` for what is none."""
+    if tools is None:
+        return []
+    if isinstance(tools, (str, Mapping, BaseModel, Tool, Native)) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools is a list of tools; not of the type {type(tools).__name__}")
+    given = list(tools)
+    for tool in given:
+        if not isinstance(tool, (Mapping, BaseModel, Tool, Native)):
+            name = getattr(tool, "__name__", type(tool).__name__)
+            raise TypeError(f"{name} is no tool" + ("; decorate it with @tool" if callable(tool) else ""))
+    return given
+
+
 def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> JSON:
     """The JSON body of a request, with answers of earlier turns and pydantic objects made plain."""
+    if isinstance(messages, (Mapping, BaseModel)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is a text or a list of turns; not of the type {type(messages).__name__}")
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [_turn(turn) for turn in messages]
     rest = {key: _plain(value) for key, value in fields.items() if value is not None}
     return {"model": model, "messages": turns} | rest
@@ -1323,7 +1411,7 @@ class AsyncMessages:
     ) -> AsyncRun:
         options, rest = _split_options(fields)
         call = _call(model, messages, rest)
-        tools = rest.get("tools", ())
+        tools = _tool_list(rest.get("tools"))
         return AsyncRun(self._client, lambda: call, tools, options, streaming=streaming, call_hook=call_hook or _inline)
 
 
@@ -1858,7 +1946,9 @@ class AsyncRun:
         if before_call := self._options.get("before_call"):
             body = copy.deepcopy(body)
             changed = await self._hook(before_call, body)
-            body = body if changed is None else changed
+            if not isinstance(changed, (Mapping, type(None))):
+                raise TypeError(f"before_call returns a request or None; not {type(changed).__name__}")
+            body = body if changed is None else dict(changed)
         return replace(call, body=body)
 
     def _answered(self, response: Message) -> None:
@@ -1933,9 +2023,9 @@ class AsyncRun:
 
     async def _act(self, call: ToolCall) -> Any:
         """A call of a provider's own tool that is run here, if it is one."""
-        editing = call.name in ("str_replace_based_edit_tool", "text_editor")
+        kind = _ACTING.get(call.name) or ("computer_use" if call.toolset == "computer" else None)
         for native in self._natives:
-            if native.act and editing == (native.kind == "text_editor"):
+            if native.act and native.kind == kind:
                 return await _invoke(native.act, call.name, call.input)
         known = ", ".join(self._tools) or "none"
         raise _Told(f"There is no tool {call.name!r} that can be run. Tools: {known}.")
@@ -2125,13 +2215,15 @@ class Extracted(Generic[T]):
 class _Form:
     """A type as a model is asked for it, and its answer read. What is no object in JSON is wrapped in one."""
 
-    tool_name = "answer"
-
-    def __init__(self, kind: Any) -> None:
+    def __init__(self, kind: Any, tools: Sequence[JSON] = ()) -> None:
+        taken = {tool.get("name") for tool in tools}
+        names = ("answer", *(f"answer_{number}" for number in range(2, len(taken) + 3)))
+        self.tool_name = next(name for name in names if name not in taken)
         self._ways = ["native", "forced", "offered"]
         self._adapter: TypeAdapter[Any] = TypeAdapter(_portable(kind))
-        schema = _lean(self._adapter.json_schema())
-        defs = schema.pop("$defs", {})
+        schema = self._adapter.json_schema()
+        defs = _lean({"$defs": schema.pop("$defs", {})})["$defs"]
+        schema = _lean(schema)
         if set(schema) == {"$ref"}:  # a model that refers to itself
             schema = defs[schema["$ref"].rpartition("/")[2]]
         self._wrapped = schema.get("type") != "object"
@@ -2166,6 +2258,8 @@ class _Form:
             found = calls[0] if calls else providers.loads(_unfenced(response.text))
         except ValueError as fault:
             raise ValueError(f"The answer is not JSON: {fault}") from None
+        if calls and found.get("invalid_json"):
+            raise ValueError("The answer is not a whole JSON object.")
         if self._wrapped and isinstance(found, dict) and "value" in found:
             found = found["value"]
         try:
@@ -2201,10 +2295,17 @@ _UNMENDABLE = {
 async def _extract(client: AsyncClient, kind: Any, call: _Call) -> Extracted[Any]:
     if taken := {"output_format", "tool_choice"} & call.body.keys():
         raise TypeError(f"extract() sets {min(taken)} itself")
-    form, usage = _Form(kind), Usage()
-    for _ in range(2):
+    if "format" in (call.body.get("output_config") or {}):
+        raise TypeError("extract() sets output_config.format itself")
+    form, usage = _Form(kind, call.body.get("tools", ())), Usage()
+    chances = 2
+    while chances:
         response = await form.ask(client, call)
         usage = _added(usage, response.usage)
+        if response.stop_reason == "pause_turn":
+            call = replace(call, body={**call.body, "messages": [*call.body["messages"], _turn(response)]})
+            continue
+        chances -= 1
         try:
             return Extracted(form.read(response), response, usage)
         except ValueError as fault:
@@ -2226,6 +2327,17 @@ class TurnFields(RunFields, total=False):
     """What one turn of a conversation may have of its own."""
 
     model: str
+
+
+_KEY_HOLDERS = ("extra_body", "extensions", "mcp_servers")
+_KEY_FIELDS = {"provider_keys", "authorization_token", "authorization", "headers", "api_key"}
+
+
+def _keyless(value: Any) -> Any:
+    """What may be saved of a field in which providers have keys."""
+    if isinstance(value, dict):
+        return {key: _keyless(item) for key, item in value.items() if key.lower() not in _KEY_FIELDS}
+    return [_keyless(item) for item in value] if isinstance(value, list) else value
 
 
 class _Chat:
@@ -2260,6 +2372,7 @@ class _Chat:
         of which only the descriptions are kept."""
         kept = RequestFields.__annotations__.keys() - {"provider_keys", "extra_headers"}
         fields = {name: _plain(value) for name, value in self._fields.items() if name in kept and value is not None}
+        fields |= {name: _keyless(fields[name]) for name in _KEY_HOLDERS if name in fields}
         return {"version": 1, "model": self.model, "messages": copy.deepcopy(self.messages), "fields": fields,
                 "usage": self.usage.to_wire()}  # fmt: skip
 
@@ -2295,7 +2408,7 @@ class _Chat:
         return AsyncRun(
             self._client,
             start,
-            fields.get("tools", ()),
+            _tool_list(fields.get("tools")),
             options,
             streaming=streaming,
             call_hook=self._call_hook,
@@ -2308,19 +2421,24 @@ def _loaded(data: Mapping[str, Any] | str, tools: Sequence[ToolLike]) -> tuple[s
     try:
         saved = json.loads(data) if isinstance(data, str) else data
         if saved["version"] != 1:
-            raise ValueError(f"a conversation of version {saved['version']}; this vai knows version 1")
-        model, messages, fields = str(saved["model"]), copy.deepcopy(saved["messages"]), dict(saved["fields"])
+            raise TypeError(f"a conversation of version {saved['version']}; this vai knows version 1")
+        model, messages, fields = saved["model"], copy.deepcopy(saved["messages"]), saved["fields"]
+        for name, value, kind in (("model", model, str), ("messages", messages, list), ("fields", fields, Mapping)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is of the type {type(value).__name__}")
+        _call(model, messages, fields)
         if messages:
             providers.parse_request({"model": "anthropic/any", "messages": messages})
         usage = Usage.model_validate(saved.get("usage") or {})
-    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as fault:
-        raise ValueError(f"not a conversation as dump() gives it: {type(fault).__name__}: {fault}") from None
-    except InvalidRequestError as fault:
+    except (KeyError, json.JSONDecodeError) as fault:
+        lacks = f"not JSON: {fault}" if isinstance(fault, ValueError) else f"it has no {fault}"
+        raise ValueError(f"not a conversation as dump() gives it: {lacks}") from None
+    except (TypeError, ValidationError, InvalidRequestError) as fault:
         raise ValueError(f"not a conversation as dump() gives it: {fault}") from None
-    if tools:
-        own = {_tool_name(tool) for tool in tools}
-        fields["tools"] = [*tools, *(tool for tool in fields.get("tools", ()) if _tool_name(tool) not in own)]
-    loaded: Any = fields
+    loaded: Any = dict(fields)
+    if given := _tool_list(tools):
+        own = {_tool_name(tool) for tool in given}
+        loaded["tools"] = [*given, *(tool for tool in _tool_list(fields.get("tools")) if _tool_name(tool) not in own)]
     return model, messages, loaded, usage
 
 
@@ -2789,8 +2907,11 @@ class FakeModel(Direct):
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         events, fault = self._next(request)
         message = providers.accumulate(events)
-        if fault or message is None:
-            raise fault or StreamTruncated("the script's answer is empty")
+        if fault:
+            fault.begun = bool(events)
+            raise fault
+        if message is None:
+            raise StreamTruncated("the script's answer is empty")
         message._dropped = list(request.dropped)
         return message
 
@@ -2813,17 +2934,33 @@ class FakeModel(Direct):
             return [], answer
         build = providers.EventBuilder(request.provider, request.tool_names)
         message = answer if isinstance(answer, Message) else None
-        content = message.content if message else [text(answer)] if isinstance(answer, str) else answer
-        prompt = len(providers.dumps(request.body)) // 4
+        prompt = len(providers.dumps({**request.body, "stream": False})) // 4
         events = build.start(message and message.id, request.model_name, providers.make_usage(prompt))
-        for key, block in enumerate(content):
+        for key, block in enumerate(self._content(answer)):
             if isinstance(block, Error):
                 return events, block
-            events += self._block(build, key, _plain(block))
+            events += self._block(build, key, block)
         said = sum(len(providers.dumps(event.to_wire())) for event in events) // 40
         usage = message.usage.to_wire() if message else providers.make_usage(prompt, said)
         stop = (message and message.stop_reason) or "end_turn"
         return [*events, *build.finish(stop, usage, stop_sequence=message.stop_sequence if message else None)], None
+
+    @staticmethod
+    def _content(answer: Any) -> list[JSON | Error]:
+        """The blocks of an answer. Raises `TypeError` for what is none."""
+        if isinstance(answer, str):
+            return [text(answer)]
+        content = answer.content if isinstance(answer, Message) else answer
+        try:
+            if not isinstance(content, (list, tuple)):
+                raise ValueError
+            blocks: list[JSON | Error] = [item if isinstance(item, Error) else _plain(item) for item in content]
+            for block in blocks:
+                if not isinstance(block, Error):
+                    providers.parse_block(block)
+        except ValueError:
+            raise TypeError(f"an answer is a text, a list of blocks, a Message or an Error; not {answer!r}") from None
+        return blocks
 
     @staticmethod
     def _block(build: EventBuilder, key: int, block: JSON) -> list[StreamEvent]:
@@ -2836,10 +2973,11 @@ class FakeModel(Direct):
                 for citation in rest.get("citations") or ():
                     events += build.citation(citation, key)
             case {"type": "thinking", "thinking": str(thoughts), **rest}:
-                events += build.thinking(thoughts or " ", key)
+                events += build.open(key, ThinkingText(type="thinking", thinking="", signature=""))
+                events += build.thinking(thoughts, key)
                 events += build.delta(key, SignatureDelta(rest.get("signature") or ""))
-            case {"type": "tool_use", "name": str(name), **rest}:
-                events += build.tool_use(key, rest.get("id"), name, json.dumps(rest.get("input") or {}))
+            case {"type": "tool_use", "id": id, "name": str(name), "input": input, **rest}:
+                events += build.tool_use(key, id, name, json.dumps(input), **rest)
             case _:
                 return build.whole(block)
         return events + build.close(key)
@@ -2877,6 +3015,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     commands = {"chat": _chat_command, "models": _models_command, "login": _login_command}
     try:
         if argv and argv[0] in commands:
@@ -2897,9 +3037,16 @@ def _one_line(fault: Error) -> str:
     return " ".join(f"vai: {whose}{fault}".split())
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is what `--help` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
     """What asking and chatting have in common."""
-    parser = argparse.ArgumentParser(prog=name, description=description, **options)
+    parser = _Parser(prog=name, description=description, **options)
     parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
     parser.add_argument("-s", "--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N")
@@ -2912,7 +3059,9 @@ def _request_fields(parser: argparse.ArgumentParser, options: argparse.Namespace
     fields: RequestFields = {}
     if options.system:
         fields["system"] = options.system
-    if options.max_tokens:
+    if options.max_tokens is not None:
+        if options.max_tokens < 1:
+            parser.error("max_tokens must be at least 1")
         fields["max_tokens"] = options.max_tokens
     return fields
 
@@ -3023,7 +3172,7 @@ def _chat_turn(chat: Conversation, line: str) -> None:
 
 
 def _models_command(argv: Sequence[str]) -> None:
-    argparse.ArgumentParser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
+    _Parser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
     with _environment_client() as client:
         listed = client.models.list()
     for row in listed.providers:
@@ -3035,11 +3184,14 @@ def _models_command(argv: Sequence[str]) -> None:
 
 def _environment_client() -> Client:
     """Through the gateway that VAI_BASE_URL names, if any; else in process."""
-    return Client(base_url=os.environ.get("VAI_BASE_URL") or None, api_key=os.environ.get("VAI_API_KEY") or None)
+    base_url, api_key = os.environ.get("VAI_BASE_URL") or None, os.environ.get("VAI_API_KEY") or None
+    if api_key and not base_url:
+        raise InvalidRequestError("VAI_API_KEY is a gateway's key: set VAI_BASE_URL too", param="VAI_BASE_URL")
+    return Client(base_url=base_url, api_key=api_key)
 
 
 def _login_command(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="vai login", description="Log in to Gemini Code Assist.")
+    parser = _Parser(prog="vai login", description="Log in to Gemini Code Assist.")
     parser.add_argument("provider", choices=["gemini-oauth"])
     parser.parse_args(argv)
     login = GoogleLogin.from_environ(os.environ)

@@ -464,19 +464,24 @@ async def test_dump_and_load(talk: Maker) -> None:
     "fields",
     [
         {"extra_body": {"provider_keys": {"openai": "sk-secret"}, "seed": 7}},
+        {"extra_body": {"tools": [{"type": "mcp", "headers": {"Authorization": "tok-secret"}}]}},
+        {"extensions": {"openai": {"a": [{"API_KEY": "sk-secret"}]}}},
         {
             "mcp_servers": [
                 {"type": "url", "name": "x", "url": "https://x.example", "authorization_token": "tok-secret"}
             ]
         },
     ],
-    ids=["extra_body", "mcp_servers"],
+    ids=["extra_body", "nested", "extensions", "mcp_servers"],
 )
 def test_no_key_is_saved(fields: JSON) -> None:
     """Wherever a request may hold one."""
     with vai.Client(engine=vai.FakeModel()) as client:
-        raw = json.dumps(client.conversation(model="anthropic/claude-sonnet-4-5", **fields).dump())
+        chat = client.conversation(model="anthropic/claude-sonnet-4-5", tools=[weather], **fields)
+        raw = json.dumps(chat.dump())
+        assert client.load_conversation(raw).dump() == chat.dump()
     assert not [word for word in SECRETS if word in raw]
+    assert ('"seed": 7' in raw) == ("seed" in str(fields))
 
 
 def test_loaded_tools_cannot_run_without_their_functions() -> None:
@@ -572,6 +577,7 @@ CALL = vai.tool_use("weather", city="Oslo")
 @pytest.mark.parametrize(
     ("answer", "content", "stop"),
     [
+        ([{**CALL, "toolset_name": "computer"}], [{**CALL, "toolset_name": "computer"}], "tool_use"),
         ("Hello, you.", [vai.text("Hello, you.")], "end_turn"),
         ("", [], "end_turn"),
         ([], [], "end_turn"),
@@ -668,8 +674,8 @@ async def test_a_script_that_is_at_its_end(way: str) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [5, {"type": "text", "text": "x"}, ["text"], lambda body: 5],
-    ids=["number", "block", "list of strings", "function"],
+    [5, None, {"type": "text", "text": "x"}, ["text"], [{"type": "text"}], [{"text": "x"}], lambda body: 5],
+    ids=["number", "none", "block", "list of strings", "no text", "no type", "function"],
 )
 async def test_answers_that_are_none(answer: Any) -> None:
     """A script that holds something else is a TypeError that shows it, not one from deep inside."""

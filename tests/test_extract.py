@@ -220,7 +220,7 @@ KNOWN = {
 
 def check_strict(schema: JSON, defs: JSON) -> None:
     assert schema.keys() <= KNOWN
-    assert "type" in schema or schema.keys() & {"anyOf", "$ref", "enum", "const"}  # `{}` says nothing
+    assert schema.keys() & {"type", "anyOf", "$ref"}  # "schema must have a 'type' key"
     if "$ref" in schema:
         assert schema["$ref"].removeprefix("#/$defs/") in defs
         assert len(schema) == 1  # "$ref cannot have keywords {'description'}"
@@ -239,6 +239,35 @@ def test_what_strict_mode_has_no_word_for_is_not_called_strict(world: World, kin
         client.messages.extract(kind, model="openai/gpt-4o", messages="Make one up.")
     form = world.bodies[0]["response_format"]["json_schema"]
     assert form["strict"] is False
+
+
+DAY = {"type": "object", "properties": {"of": {"type": "string"}}, "required": ["of"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("field", "strict"),
+    [
+        ({"type": "string"}, True),
+        ({"type": "array", "items": {"$ref": "#/$defs/Day"}}, True),
+        ({"anyOf": [{"$ref": "#/$defs/Day"}, {"type": "null"}], "description": "d"}, True),
+        ({"$ref": "#/$defs/Day", "description": "d"}, False),
+        ({"type": "array"}, False),
+        ({"type": ["array", "null"]}, False),
+        ({"enum": ["a", 1]}, False),
+        ({"type": "string", "not": {"type": "string", "pattern": "a"}}, False),
+        ({"type": "object", "properties": {}, "additionalProperties": {"type": "string"}}, False),
+        ({}, False),
+    ],
+)
+def test_schemas_of_the_caller(world: World, field: JSON, strict: bool) -> None:
+    """They are called strict where strict mode takes them, and go as they are in either case."""
+    schema: JSON = {"type": "object", "properties": {"x": field}, "required": ["x"], "additionalProperties": False}
+    schema["$defs"] = {"Day": DAY}
+    wanted = {"type": "json_schema", "json_schema": schema}
+    with vai.Client() as client:
+        client.messages.create(model="openai/gpt-4o", messages="Make one up.", output_format=wanted)
+    form = world.bodies[0]["response_format"]["json_schema"]
+    assert (form["strict"], form["schema"]["properties"]["x"]) == (strict, field)
 
 
 def test_a_typed_dict_may_hold_itself(world: World) -> None:
@@ -494,7 +523,10 @@ async def test_a_pause_goes_on_by_itself() -> None:
         Point, pause, pause, GOOD, model="anthropic/claude-sonnet-4-5", tools=[vai.web_search()]
     )
     assert found.parsed == Point(1, 2)
-    assert calls[1]["messages"][-1]["role"] == "assistant"
+    assert [turn["role"] for turn in calls[2]["messages"]] == ["user", "assistant", "assistant"]
+    assert found.usage.total_tokens == 2 * pause.usage.total_tokens + found.response.usage.total_tokens
+    found, calls = await extract(Point, pause, "no", pause, GOOD, model="anthropic/claude-sonnet-4-5")
+    assert (found.parsed, len(calls)) == (Point(1, 2), 4)  # a pause is no chance spent
 
 
 @both_modes
@@ -574,10 +606,15 @@ async def test_tools_of_the_caller() -> None:
 
 
 async def test_a_tool_of_the_same_name() -> None:
-    """A tool of the caller's that is called as the answer's is not taken for it."""
-    found, _ = await extract(Point, [vai.tool_use("answer", x=1, y=1)], GOOD,
-                                 tools=[{"name": "answer", "input_schema": {"type": "object"}}])  # fmt: skip
+    """A tool of the caller's that is called as the answer's is not taken for it; the answer's has another name then."""
+    tools = [{"name": name, "input_schema": {"type": "object"}} for name in ("answer", "answer_2")]
+    found, _ = await extract(Point, [vai.tool_use("answer", x=1, y=1)], GOOD, tools=tools)
     assert found.parsed == Point(1, 2)
+    forced = [refusing("output_format"), [vai.tool_use("answer_3", x=1, y=2)]]
+    found, calls = await extract(Point, *forced, tools=tools)
+    assert found.parsed == Point(1, 2)
+    assert [tool["name"] for tool in calls[1]["tools"]] == ["answer", "answer_2", "answer_3"]
+    assert calls[1]["tool_choice"]["name"] == "answer_3"
 
 
 async def test_the_messages_given_stay_as_they_are() -> None:

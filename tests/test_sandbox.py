@@ -18,7 +18,11 @@ from sandbox import Sandbox
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}, "unit": {"enum": ["C", "F"]}},
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer", "minimum": 3},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+    },
     "required": ["city", "days", "unit"],
     "additionalProperties": False,
 }
@@ -35,6 +39,15 @@ MODELS = {
     "gemini": "gemini-3-flash-preview",
     "gemini-oauth": "gemini-3-flash-preview",
 }
+
+
+def strict(field: Any, *, flat: bool = False) -> dict[str, Any]:
+    """A request for structured output of one field, in strict mode."""
+    schema = {"type": "object", "properties": {"x": field}, "required": ["x"], "additionalProperties": False}
+    form = {"name": "answer", "strict": True, "schema": schema}
+    if flat:
+        return {"text": {"format": {"type": "json_schema", **form}}}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
 @pytest.fixture
@@ -431,6 +444,16 @@ DECLARED = {"functionDeclarations": [{"name": "weather", "parametersJsonSchema":
             "",
             {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]},
             "'additionalProperties' is required to be supplied and to be false",
+        ),
+        ("openai", "", strict({"$ref": "#", "description": "d"}), "$ref cannot have keywords {'description'}"),
+        ("openai", "", strict({"enum": ["a"]}), "In context=('properties', 'x'), schema must have a 'type' key."),
+        ("openai", "", strict({"type": "array", "items": {}}), "schema must have a 'type' key."),
+        ("oai-resp", "", strict({"type": "array"}, flat=True), "array schema missing items"),
+        (
+            "oai-resp",
+            "",
+            strict({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, flat=True),
+            "'uniqueItems' is not permitted",
         ),
         ("gemini", "", {"temperature": 1}, 'Unknown name "temperature": Cannot find field.'),
         (

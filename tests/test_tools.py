@@ -4,10 +4,11 @@ import dataclasses
 import datetime
 import enum
 import functools
+import inspect
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
@@ -266,6 +267,7 @@ def test_types_of_parameters(hint: Any, schema: JSON, given: Any, got: Any) -> N
         (list[int], [], []),
         (str | None, None, None),
         (Day, Day("x"), {"name": "x"}),
+        (dict[str, str], {"title": "x"}, {"title": "x"}),
         (Place, Place(city="Oslo"), {"city": "Oslo", "country": "NO"}),
     ],
 )
@@ -411,6 +413,51 @@ async def test_a_name_that_no_provider_takes() -> None:
             await client.messages.create(model="openai/gpt-4o", messages="Hi", tools=[vai.tool(lambda hour: hour)])
 
 
+def test_a_return_annotation_may_be_wrong() -> None:
+    """It is not part of what a model is told; a name that nobody knows is."""
+
+    def use(day: "Day") -> "Nothing":  # type: ignore[name-defined]  # noqa: F821
+        return day
+
+    assert vai.tool(use).run({"day": {"name": "x"}}) == Day("x")
+    use.__annotations__ = {"day": "Nothing"}
+    with pytest.raises(NameError, match="Nothing"):
+        vai.tool(use)
+
+
+def test_what_a_partial_holds_is_not_the_models_to_say() -> None:
+    """An argument that was given by name or by place is no input."""
+    for held in (functools.partial(measured, "Rome"), functools.partial(measured, place="Rome")):
+        made = vai.tool(held)
+        assert (made.name, list(made.input_schema["properties"])) == ("measured", ["hour"])
+        with pytest.raises(ValueError, match="place: Extra inputs"):
+            made.run({"hour": 1, "place": "Oslo"})
+
+
+async def streamed(hour: int) -> AsyncIterator[str]:
+    yield f"{hour}"
+
+
+def yielded(hour: int) -> Iterator[str]:
+    yield f"{hour}"
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "says"),
+    [
+        (OSLO, {}, "Station has no name of its own"),
+        ("measure", {}, "str is no function"),
+        (streamed, {}, "streamed.. is a generator"),
+        (yielded, {}, "yielded.. is a generator"),
+        (measured, {"timeout": "5"}, "number of seconds; not '5'"),
+    ],
+)
+def test_what_is_no_tool(function: Any, options: dict[str, Any], says: str) -> None:
+    """A TypeError says what is lacking."""
+    with pytest.raises(TypeError, match=says):
+        vai.tool(function, **options)
+
+
 def test_docstrings_with_more_in_them() -> None:
     """Types, defaults, blank lines and sections around the parameters are not part of what is said of them."""
 
@@ -550,3 +597,172 @@ async def test_what_an_acting_tool_raises_is_told() -> None:
         block = result.messages[2]["content"][0]
         assert block["is_error"] is True
         assert says in block["content"]
+
+
+@pytest.mark.parametrize("name", ["rm", "left_click", "click", "Computer"])
+async def test_a_name_that_is_none_of_the_screens(name: str) -> None:
+    """A tool that the model made up is not the screen's to do; a member of Anthropic's set is."""
+    done: list[str] = []
+
+    def act(name: str, input: JSON) -> str:
+        done.append(name)
+        return "done"
+
+    block: JSON = vai.tool_use(name)
+    for call, acts in ((block, []), ({**block, "toolset_name": "computer"}, [name])):
+        answer = vai.Message.model_validate({"id": "m", "model": "x", "content": [call], "usage": {}})
+        run_ = vai.FakeModel(answer, "done")
+        async with vai.AsyncClient(engine=run_) as client:
+            result = await client.messages.run(
+                model="anthropic/claude-sonnet-5-5", messages="Go", tools=[vai.computer_use(act)]
+            )
+        assert (result.steps[0].tool_calls[0].error is None) == bool(acts)
+        assert done == acts
+
+
+# == What cannot be meant ==============================================================================================
+
+
+@pytest.mark.parametrize("way", ["create", "stream", "run", "run_stream", "extract", "conversation"])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": [measured]}, "measured is no tool; decorate it with @tool"),
+        ({"tools": [forecast, 5]}, "int is no tool"),
+        ({"tools": forecast}, "tools is a list of tools; not of the type Tool"),
+        ({"tools": measured}, "tools is a list of tools; not of the type function"),
+        ({"tools": vai.web_search()}, "tools is a list of tools"),
+        ({"tools": {"name": "x", "input_schema": {}}}, "tools is a list of tools"),
+        ({"messages": None}, "messages is a text or a list of turns; not of the type NoneType"),
+        (
+            {"messages": {"role": "user", "content": "Hi"}},
+            "messages is a text or a list of turns; not of the type dict",
+        ),
+    ],
+)
+async def test_arguments_of_a_wrong_kind(way: str, fields: JSON, says: str) -> None:
+    """A TypeError that says what is wanted, before anything is asked; the same for both clients."""
+    model = vai.FakeModel("fine")
+    request = {"model": "openai/gpt-4o", "messages": "Hi", **fields}
+    async with vai.AsyncClient(engine=model) as client:
+        with pytest.raises(TypeError, match=says):
+            await asked(client, way, request)
+    with vai.Client(engine=model) as blocking:
+        with pytest.raises(TypeError, match=says):
+            await asked(blocking, way, request)
+    assert not model.calls
+
+
+async def asked(client: Any, way: str, request: JSON) -> None:
+    method = client.conversation if way == "conversation" else getattr(client.messages, way)
+    value = method(str, **request) if way == "extract" else method(**request)
+    if inspect.isawaitable(value):
+        await value
+
+
+async def test_no_tools_at_all() -> None:
+    """None is not given; tools may be any series."""
+    model = vai.FakeModel("one", "two", [vai.tool_use("measured", place="Oslo", hour=1)], "three")
+    async with vai.AsyncClient(engine=model) as client:
+        for fields in ({"tools": None}, {"tools": ()}, {"tools": (vai.tool(measured),)}):
+            result = await client.messages.run(model="openai/gpt-4o", messages="Hi", **fields)  # type: ignore[arg-type]
+    assert result.steps[0].tool_calls[0].output == "Oslo 1"
+    assert [len(body.get("tools") or ()) for body in model.calls] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [("timeout", "the Client's"), ("max_turns", r"run\(\)"), ("stop_when", r"run\(\)"), ("seed", "extra_body")],
+)
+async def test_options_of_elsewhere(field: str, says: str) -> None:
+    """An argument that `create` has not is a TypeError that says whose it is."""
+    async with vai.AsyncClient(engine=vai.FakeModel()) as client:
+        with pytest.raises(TypeError, match=f"unknown argument '{field}'; .*{says}"):
+            await client.messages.create(model="openai/gpt-4o", messages="Hi", **{field: 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("returned", ["text", [1], 5])
+async def test_a_hook_that_returns_no_request(returned: Any) -> None:
+    """`before_call` gives a request or None; anything else is a TypeError that names the hook."""
+    model = vai.FakeModel("fine")
+    async with vai.AsyncClient(engine=model) as client:
+        with pytest.raises(TypeError, match="before_call"):
+            await client.messages.run(model="openai/gpt-4o", messages="Hi", before_call=lambda body: returned)
+    assert not model.calls
+
+
+# == Results ===========================================================================================================
+
+URL = {"type": "url", "url": "https://example.com/a.png"}
+SEARCHED = {"type": "search_result", "source": "s", "title": "t", "content": [vai.text("x")]}
+LOOK_ALIKES: list[Any] = [
+    {"type": "text"},
+    {"type": "text", "text": 7},
+    {"type": "text", "text": "x", "lang": "en"},
+    {"type": "text", "value": "x"},
+    {"type": "image"},
+    {"type": "image", "source": "camera"},
+    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "no base64"}},
+    {"type": "image", "source": {"type": "url", "url": "a.png"}},
+    {"type": "image", "source": URL, "alt": "a cat"},
+    {"type": "document", "id": 3},
+    {"type": "document", "source": {"path": "/a"}},
+    {"type": "search_result", "hits": 3},
+    {"type": "tool_use", "id": "t", "name": "n", "input": {}},
+    {"type": ["text"], "text": "x"},
+    [vai.text("x"), {"type": "text"}],
+]
+
+
+@both_modes
+@pytest.mark.parametrize("provider", MODELS)
+async def test_data_that_looks_like_a_block(world: World, mode: str, provider: str) -> None:
+    """It goes back as JSON: as a block it would make a history that no provider takes."""
+
+    @vai.tool
+    def look(number: int) -> Any:
+        """Look."""
+        return LOOK_ALIKES[number]
+
+    calls = "".join(f'[tool look {{"number":{number}}}]' for number in range(len(LOOK_ALIKES)))
+    async with vai.AsyncClient(**world.options(mode), max_retries=0) as client:
+        result = await client.messages.run(model=MODELS[provider], messages=f"{calls}[then][say fine]", tools=[look])
+    assert result.text == "fine"
+    contents = [block["content"] for block in result.messages[2]["content"]]
+    assert [json.loads(content) for content in contents] == LOOK_ALIKES
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        (vai.text("x"), [vai.text("x")]),
+        (vai.Text(text="x", citations=[]), [vai.text("x")]),
+        ([vai.text("x"), ""], [vai.text("x")]),
+        (vai.text(""), ""),
+        ({**vai.text("x"), "cache_control": {"type": "ephemeral"}},) * 2,
+        ({"type": "image", "source": URL}, [{"type": "image", "source": URL}]),
+        (test_vai.PNG, [vai.image(test_vai.PNG)]),
+        ([b"%PDF-1.7"], '["JVBERi0xLjc="]'),
+        (("see", vai.document(b"some", "text/plain")), [vai.text("see"), vai.document(b"some", "text/plain")]),
+        (SEARCHED, [SEARCHED]),
+        ([], "[]"),
+        (["a", "b"], '["a", "b"]'),
+        (None, "null"),
+    ],
+)
+def test_values_as_results(value: Any, content: Any) -> None:
+    """Blocks go as blocks, images as images, anything else as JSON; empty text, which is refused, is left out."""
+    found = vai.tool_result("t", value)["content"]
+    assert found == ([content] if isinstance(content, dict) else content)
+
+
+@both_modes
+async def test_a_call_after_words(world: World, mode: str) -> None:
+    """The phase that OpenAI gives the words of an answer is not put on the call beside them."""
+    tools = [vai.tool(measured)]
+    asks = '[say Well.][tool measured {"place":"Oslo","hour":1}][then][say So.]'
+    async with vai.AsyncClient(**world.options(mode), max_retries=0) as client:
+        result = await client.messages.run(model="oai-resp/gpt-6-astra", messages=asks, tools=tools)
+    assert result.text == "So."
+    words, call = [item for item in world.bodies[1]["input"] if item.get("role") == "assistant" or "arguments" in item]
+    assert (words["phase"], "phase" in call) == ("commentary", False)
