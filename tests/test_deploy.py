@@ -238,6 +238,11 @@ BANNERS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # sections,
         ["the callers' own provider keys", "YOUR_KEY_AT_ANTHROPIC"],
         ["OPENAI_API_KEY", "VAI_API_KEYS", "none has a key"],
     ),
+    "keys that count for nothing": (
+        {"auth": {"mode": "passthrough", "keys": [{"key": KEY, "models": ["openai/*"]}]}},
+        ["warning    auth.mode passthrough: auth.keys, with their rpm and models, count for nothing"],
+        ["alice"],
+    ),
     "none": ({"auth": {"mode": "none"}}, ["none; anyone on this machine"], ["x-api-key", "warning"]),
     "open": (
         {"auth": {"mode": "none"}, "server": {"host": "0.0.0.0", "allow_open": True}},  # noqa: S104
