@@ -2138,11 +2138,11 @@ class Worker(Runner):
 
     async def cleanup(self) -> None:
         gateway = self.app[GATEWAY]
-        for site in list(self.sites):  # new connections are for the other workers
-            await site.stop()
         gateway.retiring = True
-        await asyncio.sleep(HANDOVER)
         if self.server:
+            doors: list[Any] = [site._server for site in self.sites if site._server]
+            await shut(doors, self.server)  # new connections are for the other workers
+            await asyncio.sleep(HANDOVER)
             self.server.pre_shutdown()
         await gateway.drain(gateway.config.timeouts.drain)
         await super().cleanup()
@@ -2238,18 +2238,19 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
         await stopped.wait()
         logger.info("shutting down; %d requests in progress", len(gateway.running))
         await gateway.drain(config.timeouts.drain)
-        await shut(door, runner.server)
+        await shut([door], runner.server)
     finally:
         await runner.cleanup()
 
 
-async def shut(door: asyncio.Server, server: web.Server) -> None:
+async def shut(doors: Sequence[asyncio.Server], server: web.Server) -> None:
     """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
-    doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    sockets = [socket.fromfd(one.fileno(), one.family, one.type) for door in doors for one in door.sockets]
     await asyncio.sleep(0.001)  # a timer's turn comes after that of connections just accepted, which `close` would drop
-    door.close()
+    for door in doors:
+        door.close()
     waiting: list[socket.socket] = []
-    for last in doors:
+    for last in sockets:
         last.setblocking(False)
         with last, contextlib.suppress(BlockingIOError):  # nobody is there any more
             while True:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +19,8 @@ from typing import Any, TypeAlias
 
 import aiohttp
 import pytest
-from conftest import KEY, ROOT, Launch, Logged, Process, Serve, Served
+from aiohttp import web
+from conftest import KEY, ROOT, Launch, Logged, Process, Serve, Served, body_of, post_bytes
 from prometheus_client.mmap_dict import MmapedDict
 
 import server
@@ -113,6 +116,24 @@ async def test_new_workers_for_old(gunicorn: Gunicorn, sandbox: Sandbox) -> None
     assert statuses == {200}
     process.signal(signal.SIGTERM)
     assert await process.ended(15) == 0
+
+
+async def test_who_waits_at_the_door_of_a_worker(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stops still answers those who have connected and whom nobody has accepted yet."""
+    monkeypatch.setattr(server, "HANDOVER", 0.05)
+    config = server.Config.model_validate({"auth": {"keys": [{"key": KEY}]}})
+    worker = server.Worker(server.make_app(config, server.make_engine(config, environ)), shutdown_timeout=0.1)
+    await worker.setup()
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        await web.SockSite(worker, door).start()
+        callers = [stack.enter_context(socket.create_connection(door.getsockname())) for _ in range(20)]
+        for caller in callers:
+            caller.sendall(post_bytes(body_of("openai")))
+        await worker.cleanup()
+        for caller in callers:
+            caller.settimeout(5)
+            assert caller.recv(12) == b"HTTP/1.1 200"
 
 
 async def test_workers_that_cannot_start(gunicorn: Gunicorn) -> None:
@@ -213,6 +234,16 @@ def test_variables_exist() -> None:
     known |= {name for adapter in server.PROVIDERS.values() for name in adapter.url_env}
     for text in (DOCKERFILE, (ROOT / "README.md").read_text("utf-8")):
         assert set(re.findall(r"\bVAI_[A-Z_]*[A-Z]\b", text)) - known <= {"VAI_TIMEOUT_CONNECT"}
+
+
+def test_codes_are_told() -> None:
+    """README has every `code` that an error of the gateway may have."""
+    found: set[str] = set()
+    for name in ("server.py", "vai.py", "providers.py"):
+        found |= set(re.findall(r'\bcode="([a-z_]+)"', (ROOT / name).read_text("utf-8")))
+    found |= {f"{scope}_rpm" for scope in server.REFUSALS}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert {code for code in found if f"`{code}`" not in readme} == {"run_timeout"}  # of the tool loop
 
 
 # == What it says ======================================================================================================
