@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -78,9 +79,20 @@ def served_by(folder: Path) -> list[float]:
 
 
 async def test_two_workers(gunicorn: Gunicorn, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Both answer, whichever is asked for metrics has the sum, and SIGTERM lets a stream come to its end."""
-    process = await gunicorn(VAI_API_KEYS=f"alice={KEY}")
+    """Both answer, whichever is asked for metrics has the sum, and SIGTERM lets a stream come to its end.
+
+    Each takes all the open files that it may have.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+    try:
+        process = await gunicorn(VAI_API_KEYS=f"alice={KEY}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     gateway, asked = process.gateway, 0
+    workers = [int(path.stem.rpartition("_")[2]) for path in (tmp_path / "metrics").glob("counter_*.db")]
+    most = 1 << 16 if limits[1] == resource.RLIM_INFINITY else limits[1]
+    assert {resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in workers} == {most}
     async with asyncio.timeout(20):
         while min(served_by(tmp_path / "metrics")) == 0:
             answers = await asyncio.gather(*(gateway.ask("openai", headers=CLOSE) for _ in range(20)))
