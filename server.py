@@ -117,7 +117,7 @@ ModelPattern = Annotated[
     str, _form(r"[A-Za-z0-9*][A-Za-z0-9._:@/+*-]{0,255}", "an alias, provider/model, or either with * in it")
 ]
 Origin = Annotated[str, _form(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s,*@]+", "scheme://host[:port] in full, or *")]
-Key = Annotated[str, _form(vai.PROVIDER_KEY, "printable ASCII without spaces or quotes")]
+Key = Annotated[str, _form(vai.KEY_FORM, "printable ASCII without spaces or quotes")]
 HTTPURL = Annotated[str, _form(vai.HTTP_URL, "an http(s) URL without a query")]
 RedisURL = Annotated[str, _form(r"(rediss?|unix)://\S+", "redis://, rediss:// or unix://")]
 

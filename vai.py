@@ -1010,7 +1010,7 @@ def _http_url(name: str, url: str) -> str:
     return url.strip().rstrip("/")
 
 
-PROVIDER_KEY = r"[!#-&(-~]{1,8192}"  # without quotes: they stay on where an env file is no shell script
+KEY_FORM = r"[!#-&(-~]{1,8192}"  # without quotes: they stay on where an env file is no shell script
 HTTP_URL = r"https?://[^\s/?#]+[^\s?#]*"  # of a base URL
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
 FORWARDED_HEADERS = ("anthropic-version", "anthropic-beta")
@@ -1040,7 +1040,7 @@ def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
 
 
 def _checked_key(key: str, param: str) -> Secret:
-    if not re.fullmatch(PROVIDER_KEY, key):
+    if not re.fullmatch(KEY_FORM, key):
         raise InvalidRequestError(f"{param}: not a key (printable ASCII without spaces or quotes)", param=param)
     return Secret(key)
 
