@@ -41,12 +41,15 @@ import tomllib
 import traceback
 from array import array
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
+import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -114,11 +117,13 @@ ModelPattern = Annotated[
     str, _form(r"[A-Za-z0-9*][A-Za-z0-9._:@/+*-]{0,255}", "an alias, provider/model, or either with * in it")
 ]
 Origin = Annotated[str, _form(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s,*@]+", "scheme://host[:port] in full, or *")]
+Key = Annotated[str, _form(vai.KEY_FORM, "printable ASCII without spaces or quotes")]
+HTTPURL = Annotated[str, _form(vai.HTTP_URL, "an http(s) URL without a query")]
 RedisURL = Annotated[str, _form(r"(rediss?|unix)://\S+", "redis://, rediss:// or unix://")]
 
 
 class KeyEntry(_Section):
-    key: str = Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)
+    key: Key = Field(min_length=8, repr=False)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
     rpm: RPM | None = None
     models: Annotated[list[ModelPattern], Field(min_length=1)] | None = None
@@ -130,8 +135,8 @@ class AuthSection(_Section):
 
 
 class ProviderSection(_Section):
-    api_key: str | None = Field(default=None, min_length=1, pattern=r"^[\x21-\x7e]+$", repr=False)
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$")] | None = None
+    api_key: Key | None = Field(default=None, repr=False)
+    base_url: HTTPURL | None = None
 
 
 class LimitsSection(_Section):
@@ -491,7 +496,7 @@ def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageReques
     given = ((name.lower(), value) for name, value in request.headers.items())
     keys = vai.byok({name.removeprefix(prefix): providers.Secret(v) for name, v in given if name.startswith(prefix)})
     if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
-        keys |= vai.byok({byok[0]: caller.key})
+        keys |= vai.byok({byok[-1]: caller.key})  # the name that the provider's two wire formats share
     return keys
 
 
@@ -675,7 +680,6 @@ class SharedLimiter:
     BATCH = 256  # at most so many are asked at once
     OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
     PAUSE = 1.0  # seconds, from a failure to the next attempt
-    QUIET = 60.0  # seconds between two lines in the log
 
     def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
         try:
@@ -689,8 +693,7 @@ class SharedLimiter:
         self._library: Any = library
         self._url = url
         self._rpm = rpm
-        self._clock = clock
-        self._warned: float | None = None
+        self._may_warn = OnceAMinute(clock)
         self._wanted = asyncio.Event()
         self._asked: list[Asked] = []
         self._under_way: list[Asked] = []
@@ -785,9 +788,7 @@ class SharedLimiter:
             await asyncio.gather(task, return_exceptions=True)
 
     def _warn(self, fault: Exception) -> None:
-        now = self._clock()
-        if self._warned is None or now - self._warned >= self.QUIET:
-            self._warned = now
+        if self._may_warn():
             logger.warning("Redis fails (%s): rate limits are not shared, requests pass", type(fault).__name__)
 
 
@@ -916,6 +917,21 @@ def _took(milliseconds: int) -> str:
     return f"{milliseconds:>5} ms" if milliseconds < 1000 else f"{milliseconds / 1000:>5.1f} s "
 
 
+class OnceAMinute:
+    """True at most once a minute: for lines that would otherwise fill the log."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until = -math.inf
+
+    def __call__(self) -> bool:
+        now = self._clock()
+        if now < self._until:
+            return False
+        self._until = now + MINUTE
+        return True
+
+
 class LogWriter:
     """A stream that never waits: a thread writes to the descriptor. What is not read in time is dropped and counted."""
 
@@ -1041,6 +1057,7 @@ def new_request_id() -> str:
 
 OTHER = "other"
 DURATIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+LAGS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -1059,6 +1076,9 @@ class Metrics:
 
     def limits_unshared(self) -> None:
         """A request passed without the limits that several processes share: their store does not answer."""
+
+    def lag(self, seconds: float) -> None:
+        """The event loop was this late."""
 
     def text(self) -> bytes:
         """Prometheus' text format 0.0.4. Raises `NotFoundError` where nothing is counted."""
@@ -1120,6 +1140,12 @@ class PrometheusMetrics(Metrics):
             "Requests that passed while the store of the limits was down.",
             registry=registry,
         )
+        self._lags = prometheus.Histogram(
+            "vai_event_loop_lag_seconds",
+            "How late the event loop was, looked at four times a second.",
+            buckets=LAGS,
+            registry=registry,
+        )
         streams = prometheus.Gauge(
             "vai_streams_in_progress", "Streams in progress.", registry=registry, multiprocess_mode="livesum"
         )
@@ -1161,6 +1187,9 @@ class PrometheusMetrics(Metrics):
     def limits_unshared(self) -> None:
         self._unshared.inc()
 
+    def lag(self, seconds: float) -> None:
+        self._lags.observe(seconds)
+
     def text(self) -> bytes:
         if self._folder and os.name == "posix":
             self._forget_the_dead(self._folder)
@@ -1192,6 +1221,18 @@ def make_metrics(config: MetricsSection) -> Metrics:
         return PrometheusMetrics()
     except ImportError:
         return Metrics("metrics need prometheus-client: pip install 'vai[metrics]'")
+
+
+async def watch_loop(metrics: Metrics, every: float = 0.25, most: float = 0.1) -> None:
+    """Count how late the event loop is, and say so (once a minute) where something has held it up for long."""
+    may_warn = OnceAMinute()
+    while True:
+        due = time.monotonic() + every
+        await asyncio.sleep(every)
+        late = max(time.monotonic() - due, 0)
+        metrics.lag(late)
+        if late > most and may_warn():
+            logger.warning("the event loop was held up for %d ms: too much work for one process?", late * 1000)
 
 
 # == Errors and responses ==============================================================================================
@@ -1246,7 +1287,7 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         message = "the Content-Type must be application/json"
         raise InvalidRequestError(message, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
+        raise compressed()
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large(limits)
     await _continue(request)
@@ -1278,6 +1319,10 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+def compressed() -> Error:
+    return InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
 
 
 def too_large(limits: LimitsSection) -> Error:
@@ -1411,12 +1456,15 @@ class Connection(web.RequestHandler):
     Attributes that begin with `_` and are not in these slots are aiohttp's own.
     """
 
-    __slots__ = ("_head_timer", "_link", "_most", "_read_timer", "_times")
+    __slots__ = ("_head_timer", "_link", "_may_warn", "_most", "_read_timer", "_times")
 
-    def __init__(self, manager: web.Server, *, times: TimeoutsSection, most: int, **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, *, times: TimeoutsSection, most: int, may_warn: OnceAMinute, **options: Any
+    ) -> None:
         super().__init__(manager, **options)
         self._times = times
         self._most = most
+        self._may_warn = may_warn
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._link: asyncio.Transport | None = None  # also after a close, while there is something to write
@@ -1426,6 +1474,8 @@ class Connection(web.RequestHandler):
         self._link = self.transport
         if self._manager and len(self._manager._connections) > self._most and self._link:
             self._link.abort()
+            if self._may_warn():
+                logger.warning("over %d connections: more are closed (half of what `ulimit -n` allows)", self._most)
             return
         self._head_timer = self._loop.call_later(self._times.head, self.force_close)
 
@@ -1473,8 +1523,12 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
-        refused = status == 400
-        fault = InvalidRequestError("the request is malformed") if refused else error_of(exc or Exception(), "")
+        if isinstance(exc, ContentEncodingError):  # one that aiohttp itself cannot read
+            fault = compressed()
+        elif status == 400:
+            fault = InvalidRequestError("the request is malformed")
+        else:
+            fault = error_of(exc or Exception(), "")
         exchange = Exchange(new_request_id(), error=fault, status=fault.status)
         token = request_id.set(exchange.id)
         try:
@@ -1492,7 +1546,7 @@ class Listener(web.Server):
 
     def __init__(self, made: web.Server, times: TimeoutsSection, **options: Any) -> None:
         super().__init__(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
-        self._options = {"times": times, **options}
+        self._options = {"times": times, "may_warn": OnceAMinute(), **options}
 
     def __call__(self) -> web.RequestHandler:
         return Connection(self, loop=self._loop, **self._options)
@@ -1676,7 +1730,7 @@ class Gateway:
         return json_response(state.model_dump(), status=503 if self.draining else 200)
 
     async def show_metrics(self, request: web.Request) -> web.Response:
-        if self.config.metrics.require_key or self.callers.mode == "none":
+        if self.config.metrics.require_key:
             await self.admit(request)
         text = await asyncio.to_thread(self.metrics.text)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -2036,7 +2090,7 @@ def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
 
 
 async def _expect_nothing(request: web.Request) -> None:
-    """`Expect: 100-continue` is answered when the body is read, after everything that can be refused without it."""
+    """`Expect` is answered when a body is read, after everything that can be refused without it."""
 
 
 def make_app(config: Config, engine: vai.Direct) -> web.Application:
@@ -2044,24 +2098,25 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app = web.Application(middlewares=[gateway.observe])
     app[GATEWAY] = gateway
     app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
-    app.router.add_get("/v1/models", gateway.models)
-    app.router.add_get("/health", gateway.health)
-    app.router.add_get("/metrics", gateway.show_metrics)
-    app.router.add_get("/openapi.json", gateway.openapi)
+    app.router.add_get("/v1/models", gateway.models, expect_handler=_expect_nothing)
+    app.router.add_get("/health", gateway.health, expect_handler=_expect_nothing)
+    app.router.add_get("/metrics", gateway.show_metrics, expect_handler=_expect_nothing)
+    app.router.add_get("/openapi.json", gateway.openapi, expect_handler=_expect_nothing)
     gateway.endpoints = frozenset(resource.canonical for resource in app.router.resources())
     app.on_response_prepare.append(gateway.mark)
 
-    async def startup(app: web.Application) -> None:
+    async def running(app: web.Application) -> AsyncIterator[None]:
+        watch = asyncio.create_task(watch_loop(gateway.metrics))
         if gateway.rates.shared:
             await gateway.rates.shared.start()
-
-    async def cleanup(app: web.Application) -> None:
+        yield
         if gateway.rates.shared:
             await gateway.rates.shared.close()
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
         await engine.close()
 
-    app.on_startup.append(startup)
-    app.on_cleanup.append(cleanup)
+    app.cleanup_ctx.append(running)
     return app
 
 
@@ -2083,11 +2138,11 @@ class Worker(Runner):
 
     async def cleanup(self) -> None:
         gateway = self.app[GATEWAY]
-        for site in list(self.sites):  # new connections are for the other workers
-            await site.stop()
         gateway.retiring = True
-        await asyncio.sleep(HANDOVER)
         if self.server:
+            doors: list[Any] = [site._server for site in self.sites if site._server]
+            await shut(doors, self.server)  # new connections are for the other workers
+            await asyncio.sleep(HANDOVER)
             self.server.pre_shutdown()
         await gateway.drain(gateway.config.timeouts.drain)
         await super().cleanup()
@@ -2100,6 +2155,7 @@ async def app() -> Worker:
     that cannot work stops gunicorn with one line.
     """
     try:
+        check_aiohttp()
         config = load_config({}, os.environ)
         _check_worker_config(config)
         engine = make_engine(config, os.environ)
@@ -2107,12 +2163,26 @@ async def app() -> Worker:
     except (ConfigError, InvalidRequestError) as fault:
         _fail(str(fault), code=3)  # gunicorn's WORKER_BOOT_ERROR: do not try again
     configure_logs(config.log, alone=False)
+    raise_file_limit()
     warm_up(engine)
     gateway = runner.app[GATEWAY]
     if not gateway.metrics.missing and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         logger.warning("/metrics is of this process alone: set PROMETHEUS_MULTIPROC_DIR to an empty folder")
+    for text in warnings_of(gateway):
+        logger.warning("%s", text)
     logger.info("ready: %s", "; ".join(f"{name} {what}" for name, what in described(gateway)))
     return runner
+
+
+AIOHTTP_FLOOR = (3, 14, 4)  # what is older has known holes; files that were copied have no metadata to say so
+
+
+def check_aiohttp() -> None:
+    """Raise `ConfigError` for an aiohttp that must not stand between callers and their keys."""
+    found = tuple(map(int, re.findall(r"\d+", aiohttp.__version__)[:3]))
+    if found < AIOHTTP_FLOOR:
+        floor = ".".join(map(str, AIOHTTP_FLOOR))
+        raise ConfigError(f"aiohttp {aiohttp.__version__} is too old: pip install 'aiohttp>={floor}'")
 
 
 def _check_worker_config(config: Config) -> None:
@@ -2160,25 +2230,27 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
         try:
             door = await loop.create_server(runner.server, config.server.host, config.server.port, backlog=1024)
         except OSError as fault:
-            reason = os.strerror(fault.errno) if fault.errno else str(fault)
+            number = fault.errno or 0  # below 0 where a name cannot be resolved
+            reason = os.strerror(number) if number > 0 else fault.strerror or str(fault)
             raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {reason}") from None
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         banner(f"http://{host}:{door.sockets[0].getsockname()[1]}", gateway)
         await stopped.wait()
         logger.info("shutting down; %d requests in progress", len(gateway.running))
         await gateway.drain(config.timeouts.drain)
-        await shut(door, runner.server)
+        await shut([door], runner.server)
     finally:
         await runner.cleanup()
 
 
-async def shut(door: asyncio.Server, server: web.Server) -> None:
+async def shut(doors: Sequence[asyncio.Server], server: web.Server) -> None:
     """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
-    doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    sockets = [socket.fromfd(one.fileno(), one.family, one.type) for door in doors for one in door.sockets]
     await asyncio.sleep(0.001)  # a timer's turn comes after that of connections just accepted, which `close` would drop
-    door.close()
+    for door in doors:
+        door.close()
     waiting: list[socket.socket] = []
-    for last in doors:
+    for last in sockets:
         last.setblocking(False)
         with last, contextlib.suppress(BlockingIOError):  # nobody is there any more
             while True:
@@ -2225,6 +2297,10 @@ def warnings_of(gateway: Gateway) -> list[str]:
     """What an operator should know before the first request."""
     config = gateway.config
     found = []
+    if HttpRequestParser is HttpRequestParserPy:
+        found.append("aiohttp has no C parser here: it is slow, and laxer with malformed requests")
+    if config.auth.keys and config.auth.mode != "api_key":
+        found.append(f"auth.mode {config.auth.mode}: auth.keys, with their rpm and models, count for nothing")
     if not is_loopback(config.server.host):
         found.append("other machines reach this port, without TLS: put a proxy with TLS in front")
         if config.auth.mode == "none":
@@ -2286,6 +2362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     open_streams()
     options = arguments(sys.argv[1:] if argv is None else argv)
     try:
+        check_aiohttp()
         config = load_config(vars(options), os.environ)
         if options.check_config:
             make_app(config, make_engine(config, os.environ))

@@ -1099,11 +1099,13 @@ def _base_url(adapter: Adapter, given: Mapping[str, str], environ: Mapping[str, 
 
 
 def _http_url(name: str, url: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url.strip()):
+    if not re.fullmatch(HTTP_URL, url.strip()):
         raise InvalidRequestError(f"{name}: not an http(s) URL", param=name)
     return url.strip().rstrip("/")
 
 
+KEY_FORM = r"[!#-&(-~]{1,8192}"  # without quotes: they stay on where an env file is no shell script
+HTTP_URL = r"https?://[^\s/?#]+[^\s?#]*"  # of a base URL
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
 FORWARDED_HEADERS = ("anthropic-version", "anthropic-beta")
 BYOK_NAMES = {name for adapter in PROVIDERS.values() for name in adapter.byok} | {"cartesia"}
@@ -1132,8 +1134,8 @@ def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
 
 
 def _checked_key(key: str, param: str) -> Secret:
-    if not re.fullmatch(r"[\x21-\x7e]{1,8192}", key):
-        raise InvalidRequestError(f"{param}: not a key (printable ASCII without spaces)", param=param)
+    if not re.fullmatch(KEY_FORM, key):
+        raise InvalidRequestError(f"{param}: not a key (printable ASCII without spaces or quotes)", param=param)
     return Secret(key)
 
 

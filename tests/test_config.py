@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -180,7 +181,13 @@ WRONG: dict[str, tuple[str, dict[str, str], list[str], str]] = {  # file, enviro
     "no such variable": ('aliases.a = "${NOPE}"', {}, [], r"FILE: aliases: a: the environment has no NOPE"),
     "empty provider key": ('providers.groq.api_key = "${A}"', {"A": ""}, [], r"FILE: providers\.groq\.api_key: .*"),
     "unknown provider": ("providers.mistral = {}", {}, [], r"FILE: providers\.mistral: .*anthropic, openai.*"),
-    "base URL": ('providers.openai.base_url = "x"', {}, [], r"FILE: providers\.openai\.base_url: .*"),
+    "base URL": ('providers.openai.base_url = "x"', {}, [], r"FILE: providers\.openai\.base_url: .*http.*"),
+    "base URL with a query": (
+        'providers.openai.base_url = "https://host/v1?key=sk-fault"',
+        {},
+        [],
+        r"FILE: providers\.openai\.base_url: must be an http\(s\) URL without a query",
+    ),
     "alias without provider": ('aliases.a = "gpt-4o"', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
     "alias of an unknown provider": ('aliases.a = "mistral/x"', {}, [], r"FILE: aliases\.a: .*anthropic, openai.*"),
     "alias of an alias": ('aliases = {a = "b", b = "groq/x"}', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
@@ -253,6 +260,8 @@ def test_errors_are_one_line(tmp_path: Path, text: str, environ: dict[str, str],
     [
         ({"OPENAI_API_KEY": f"{SECRET}\n{SECRET}"}, "vai: .*openai.*"),
         ({"GROQ_API_KEY": f"“{SECRET}”"}, "vai: .*groq.*"),
+        ({"GROQ_API_KEY": f"'{SECRET}'"}, "vai: the key for groq: .*without .*quotes.*"),
+        ({"VAI_API_KEYS": f'"{SECRET}"'}, r"vai: VAI_API_KEYS: auth\.keys\.0\.key: .*without .*quotes"),
         ({"VAI_OPENAI_BASE_URL": "localhost"}, "vai: VAI_OPENAI_BASE_URL: .*"),
         ({"VAI_CONFIG": "missing.toml"}, "vai: missing.toml: cannot be read: No such file or directory"),
         ({"VAI_CONFIG": "."}, "vai: .: cannot be read: Is a directory"),
@@ -281,6 +290,19 @@ def test_start_is_refused(
     assert SECRET not in errors
 
 
+@pytest.mark.parametrize(("version", "good"), [("3.14.3", False), ("3.9.5", False), ("3.14.4", True), ("4.0a1", True)])
+def test_aiohttp_with_known_holes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, version: str, good: bool
+) -> None:
+    """Copied files have no metadata that asks for a version, so the start looks at it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("aiohttp.__version__", version)
+    with contextlib.nullcontext() if good else pytest.raises(SystemExit):
+        server.main(["--check-config"])
+    old = f"vai: aiohttp {version} is too old: pip install 'aiohttp>=3.14.4'\n"
+    assert capsys.readouterr() == (("the configuration is good\n", "") if good else ("", old))
+
+
 def test_process_refuses_to_start(tmp_path: Path) -> None:
     """A port that is taken, or a configuration that cannot work, ends the process with 2 and one line."""
     with socket.socket() as taken:
@@ -289,6 +311,7 @@ def test_process_refuses_to_start(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         for flags, line in (
             (["--port", port], rf"vai: cannot listen on 127\.0\.0\.1:{port}: .*in use.*"),
+            (["--host", "nobody.invalid"], r"vai: cannot listen on nobody\.invalid:8080: .*(?<!-\d)"),
             (["--auth", "none", "--host", "0.0.0.0"], r"vai: .*--allow-open"),  # noqa: S104
         ):
             command = [sys.executable, str(ROOT / "server.py"), *flags]

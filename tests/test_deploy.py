@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +20,8 @@ from typing import Any, TypeAlias
 
 import aiohttp
 import pytest
-from conftest import KEY, ROOT, Launch, Logged, Process, Serve, Served
+from aiohttp import web
+from conftest import KEY, ROOT, Launch, Logged, Process, Serve, Served, body_of, post_bytes
 from prometheus_client.mmap_dict import MmapedDict
 
 import server
@@ -75,9 +79,20 @@ def served_by(folder: Path) -> list[float]:
 
 
 async def test_two_workers(gunicorn: Gunicorn, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Both answer, whichever is asked for metrics has the sum, and SIGTERM lets a stream come to its end."""
-    process = await gunicorn(VAI_API_KEYS=f"alice={KEY}")
+    """Both answer, whichever is asked for metrics has the sum, and SIGTERM lets a stream come to its end.
+
+    Each takes all the open files that it may have.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+    try:
+        process = await gunicorn(VAI_API_KEYS=f"alice={KEY}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     gateway, asked = process.gateway, 0
+    workers = [int(path.stem.rpartition("_")[2]) for path in (tmp_path / "metrics").glob("counter_*.db")]
+    most = 1 << 16 if limits[1] == resource.RLIM_INFINITY else limits[1]
+    assert {resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in workers} == {most}
     async with asyncio.timeout(20):
         while min(served_by(tmp_path / "metrics")) == 0:
             answers = await asyncio.gather(*(gateway.ask("openai", headers=CLOSE) for _ in range(20)))
@@ -113,6 +128,24 @@ async def test_new_workers_for_old(gunicorn: Gunicorn, sandbox: Sandbox) -> None
     assert statuses == {200}
     process.signal(signal.SIGTERM)
     assert await process.ended(15) == 0
+
+
+async def test_who_waits_at_the_door_of_a_worker(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stops still answers those who have connected and whom nobody has accepted yet."""
+    monkeypatch.setattr(server, "HANDOVER", 0.05)
+    config = server.Config.model_validate({"auth": {"keys": [{"key": KEY}]}})
+    worker = server.Worker(server.make_app(config, server.make_engine(config, environ)), shutdown_timeout=0.1)
+    await worker.setup()
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        await web.SockSite(worker, door).start()
+        callers = [stack.enter_context(socket.create_connection(door.getsockname())) for _ in range(20)]
+        for caller in callers:
+            caller.sendall(post_bytes(body_of("openai")))
+        await worker.cleanup()
+        for caller in callers:
+            caller.settimeout(5)
+            assert caller.recv(12) == b"HTTP/1.1 200"
 
 
 async def test_workers_that_cannot_start(gunicorn: Gunicorn) -> None:
@@ -215,6 +248,16 @@ def test_variables_exist() -> None:
         assert set(re.findall(r"\bVAI_[A-Z_]*[A-Z]\b", text)) - known <= {"VAI_TIMEOUT_CONNECT"}
 
 
+def test_codes_are_told() -> None:
+    """README has every `code` that an error of the gateway may have."""
+    found: set[str] = set()
+    for name in ("server.py", "vai.py", "providers.py"):
+        found |= set(re.findall(r'\bcode="([a-z_]+)"', (ROOT / name).read_text("utf-8")))
+    found |= {f"{scope}_rpm" for scope in server.REFUSALS}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert {code for code in found if f"`{code}`" not in readme} == {"run_timeout"}  # of the tool loop
+
+
 # == What it says ======================================================================================================
 
 
@@ -237,6 +280,11 @@ BANNERS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # sections,
         {"auth": {"mode": "passthrough"}},
         ["the callers' own provider keys", "YOUR_KEY_AT_ANTHROPIC"],
         ["OPENAI_API_KEY", "VAI_API_KEYS", "none has a key"],
+    ),
+    "keys that count for nothing": (
+        {"auth": {"mode": "passthrough", "keys": [{"key": KEY, "models": ["openai/*"]}]}},
+        ["warning    auth.mode passthrough: auth.keys, with their rpm and models, count for nothing"],
+        ["alice"],
     ),
     "none": ({"auth": {"mode": "none"}}, ["none; anyone on this machine"], ["x-api-key", "warning"]),
     "open": (

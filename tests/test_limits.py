@@ -697,22 +697,27 @@ async def test_answer_that_is_read_slowly(serve: Serve, listen: Listen) -> None:
     assert size > 12 << 20
 
 
-async def test_connections_are_capped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond what the process can serve a connection is closed at once; when one goes there is room again."""
+async def test_connections_are_capped(serve: Serve, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what the process can serve a connection is closed at once, and the log says so once a minute.
+
+    When one goes there is room again.
+    """
     monkeypatch.setattr(server, "most_connections", lambda: 2)
     gateway = await serve()
     async with asyncio.timeout(5):
         async with gateway.raw(HEALTH) as (first, _), gateway.raw(HEALTH) as (second, _):
             for reader in (first, second):
                 assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-            async with gateway.raw(HEALTH) as (third, _):
-                with contextlib.suppress(ConnectionError):
-                    assert await third.read() == b""
+            for _ in range(2):
+                async with gateway.raw(HEALTH) as (third, _):
+                    with contextlib.suppress(ConnectionError):
+                        assert await third.read() == b""
         answer = b""
         while not answer.startswith(b"HTTP/1.1 200"):
             with contextlib.suppress(ConnectionError):
                 async with gateway.raw(HEALTH) as (reader, _):
                     answer = await reader.readline()
+    assert sum("over 2 connections" in line for line in logged.text) == 1
 
 
 async def test_takes_the_files_it_may_have(launch: Launch) -> None:
@@ -764,6 +769,14 @@ async def test_chunk_that_is_wrong_later(gateway: Served, logged: Logged) -> Non
     assert answer.count(b"HTTP/1.") == 1
     assert b"malformed_body" in answer
     assert [line["status"] for line in logged.requests] == [400]
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd"])
+async def test_coding_that_no_library_reads(gateway: Served, coding: str) -> None:
+    """Where aiohttp refuses a compressed body before we do, the answer is the same."""
+    answer = await gateway.raw_answer(f"{POST}Content-Encoding: {coding}\r\nContent-Length: 3\r\n\r\nabc".encode())
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert (answer[9:12], error["type"], error["code"]) == (b"400", "invalid_request_error", "unsupported_encoding")
 
 
 async def test_no_http_after_good_requests(gateway: Served) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, PROVIDERS, Listen, Serve, Served, body_of, hear, http_answer, log_in, post_bytes
+from conftest import KEY, PROVIDERS, Listen, Logged, Serve, Served, body_of, hear, http_answer, log_in, post_bytes
 from prometheus_client.parser import text_string_to_metric_families
 
 from sandbox import Sandbox
@@ -228,6 +229,32 @@ async def test_rebinding(serve: Serve) -> None:
     gateway = await serve(auth={"mode": "none"})
     assert (await gateway.get("/metrics", headers={"Host": "evil.test"})).status == 403
     assert (await gateway.get("/metrics")).status == 200
+
+
+async def test_open_to_whoever_looks_often(serve: Serve) -> None:
+    """Without keys, a scraper may share its address with callers; it is none of them: not held up, and not counted."""
+    gateway = await serve(auth={"mode": "none"}, rate_limit={"caller_rpm": 1})
+    assert [(await gateway.get("/metrics")).status for _ in range(3)] == [200] * 3
+    assert [(await gateway.ask("openai")).status for _ in range(2)] == [200, 429]
+    answer = await gateway.get("/metrics")
+    assert (answer.status, "X-RateLimit-Limit-Requests" in answer.headers) == (200, False)
+
+
+async def test_event_loop_that_is_held_up(serve: Serve, logged: Logged) -> None:
+    """What blocks the loop shows in a histogram, and in the log, there once a minute."""
+    gateway = await serve()
+    async with asyncio.timeout(10):
+        for times in (1, 2):
+            time.sleep(0.4)  # noqa: ASYNC251  (that is the point)
+            while await slow(gateway) < times:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert sum("event loop was held up" in line for line in logged.text) == 1
+
+
+async def slow(gateway: Served) -> float:
+    """How often the event loop was late by more than a tenth of a second."""
+    name = "event_loop_lag_seconds"
+    return await value(gateway, f"{name}_count") - await value(gateway, f"{name}_bucket", le="0.1")
 
 
 async def test_two_gateways_do_not_mix(serve: Serve) -> None:

@@ -157,6 +157,17 @@ async def test_passthrough(serve: Serve, sandbox: Sandbox, provider: str) -> Non
     assert keys == ["of-the-bearer", "of-x-api-key", "of-the-header", "of-the-body"]
 
 
+@pytest.mark.parametrize("models", [["oai-resp/gpt-4o", "openai/gpt-4o"], ["openai/gpt-4o", "oai-resp/gpt-4o"]])
+async def test_passthrough_with_fallbacks(serve: Serve, sandbox: Sandbox, models: list[str]) -> None:
+    """Of an alias's models the caller's credential is for the first one's provider, in both of its wire formats."""
+    aliases = {"smart": [*models, "anthropic/claude-sonnet-4-5"]}
+    gateway = await serve(auth={"mode": "passthrough"}, aliases=aliases)
+    body = body_of("openai", "[error 500]") | {"model": "smart"}
+    assert (await gateway.post(body, key="of-the-bearer")).status == 502
+    asked = [(request.provider, request.key) for request in sandbox.requests]
+    assert asked == [(model.partition("/")[0], "of-the-bearer") for model in models]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 async def test_passthrough_has_no_keys_of_its_own(serve: Serve, sandbox: Sandbox, provider: str) -> None:
     """Without a credential, or with one that the provider refuses, the answer is 401: the server's keys stay unused."""

@@ -343,7 +343,7 @@ JSON_TYPE = {"Content-Type": "application/json"}
     ("headers", "code"),
     [
         *(({"Content-Type": kind}, "unsupported_media_type") for kind in ("text/plain", "application/octet-stream")),
-        *((JSON_TYPE | {"Content-Encoding": name}, "unsupported_encoding") for name in ("gzip", "deflate")),
+        *((JSON_TYPE | {"Content-Encoding": name}, "unsupported_encoding") for name in ("gzip", "deflate", "x")),
         ({"Content-Type": "application/json; charset=latin-1"}, None),
         ({"Content-Type": "APPLICATION/JSON", "Content-Encoding": "identity"}, None),
     ],
@@ -434,6 +434,14 @@ async def test_routes_and_methods(gateway: Served, method: str, path: str, statu
     kind = "not_found_error" if status == 404 else "invalid_request_error"
     assert (answer.status, answer.error["type"], answer.headers.get("Allow")) == (status, kind, allow)
     assert answer.headers["Server"] == "vai"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/openapi.json"])
+async def test_expectations_without_a_body(gateway: Served, path: str) -> None:
+    """Where no body is read, an expectation is nothing to wait for or to fail of: the answer is the usual one."""
+    for expected in ("100-continue", "miracles"):
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nConnection: close\r\nExpect: {expected}\r\n\r\n"
+        assert (await gateway.raw_answer(head.encode())).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("id", ["my-request_1.2", "x" * 64, "x" * 65, "a b", "a\tb", "../..", 'req_1"}', "ünï", ""])
