@@ -136,7 +136,7 @@ _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 def loads(data: bytes | str) -> Any:
     """JSON as RFC 8259 has it: no NaN, no number beyond a float's range. Any fault is a `ValueError`."""
-    text = data.decode("utf-8-sig") if isinstance(data, (bytes, bytearray)) else data
+    text = data.decode().removeprefix("\ufeff") if isinstance(data, (bytes, bytearray)) else data
     text = text.strip(" \t\n\r")
     try:
         value, end = _scan(text, 0)  # what `decode` does, without its two searches for white space
@@ -154,17 +154,20 @@ def dumps(value: Any) -> bytes:
     return _encoder.encode(value).encode("ascii")
 
 
-def dump_body(value: Any) -> bytes:
-    """What `dumps` says, for a request: where orjson is installed much faster, and in UTF-8.
+def dump_body(value: Any, *, finite: bool = False) -> bytes:
+    """What `dumps` says, for a body: where orjson is installed much faster, and in UTF-8.
 
-    orjson takes NaN for null, so what holds a null is written by `dumps`; as is what orjson refuses and JSON has: lone
-    surrogates, integers over 64 bits, deep nesting. What neither takes is the error of `dumps`.
+    orjson takes NaN for null, so what holds a null is written by `dumps`, unless all numbers are known to be `finite`,
+    as in what `loads` has read. So is what orjson refuses and JSON has: lone surrogates, integers over 64 bits, deep
+    nesting. What neither takes is the error of `dumps`.
     """
     if fast := _orjson_dumps():
-        with contextlib.suppress(TypeError):
+        try:
             raw = fast(value)
-            if b"null" not in raw:
-                return raw
+        except TypeError:
+            return dumps(value)
+        if finite or b"null" not in raw:
+            return raw
     return dumps(value)
 
 
@@ -2386,6 +2389,10 @@ class Adapter:
             raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
         return message
 
+    def answer(self, body: Any, request: MessageRequest) -> JSON:
+        """What `decode` says, as it goes over the wire."""
+        return self.decode(body, request).to_wire()
+
     def traits(self, model: str) -> Traits:
         return Traits()
 
@@ -2446,6 +2453,9 @@ class Adapter:
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
         blocks = request.blocks
+        if not blocks and not request.tools and isinstance(request.system, str):  # nothing that could hold any of it
+            request.drop(*(request.model_extra or {}))
+            return
         inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
@@ -3114,9 +3124,13 @@ class Chat(Adapter):
         return ChatDecoder(self, request)
 
     def decode(self, body: Any, request: MessageRequest) -> Message:
-        return self._only_text(body, request) or Adapter.decode(self, body, request)
+        text = self._only_text(body, request)
+        return Message.model_validate(text) if text else Adapter.decode(self, body, request)
 
-    def _only_text(self, body: Any, request: MessageRequest) -> Message | None:
+    def answer(self, body: Any, request: MessageRequest) -> JSON:
+        return self._only_text(body, request) or Adapter.decode(self, body, request).to_wire()
+
+    def _only_text(self, body: Any, request: MessageRequest) -> JSON | None:
         """An answer that is one text, as most are, read without the detour over events; None for any other."""
         if not isinstance(body, dict) or "error" in body or "x_groq" in body or self.cut_stops(request):
             return None
@@ -3129,18 +3143,16 @@ class Chat(Adapter):
         plain = type(text) is str and type(reason) is str and type(id) is str and "delta" not in choice
         if not plain or not text or not id or reason not in CHAT_STOP_REASONS or any(map(message.get, _CHAT_MORE)):
             return None
-        return Message.model_validate(
-            {
-                "id": id,
-                "type": "message",
-                "role": "assistant",
-                "model": f"{self.id}/{body.get('model') or request.model_name}",
-                "content": [{"type": "text", "text": text}],
-                "stop_reason": CHAT_STOP_REASONS[reason],
-                "stop_sequence": None,
-                "usage": chat_usage(usage),
-            }
-        )
+        return {
+            "id": id,
+            "type": "message",
+            "role": "assistant",
+            "model": f"{self.id}/{body.get('model') or request.model_name}",
+            "content": [{"type": "text", "text": text}],
+            "stop_reason": CHAT_STOP_REASONS[reason],
+            "stop_sequence": None,
+            "usage": chat_usage(usage),
+        }
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
         tools = [chat_tool(tool) for tool in request.functions]
@@ -5074,9 +5086,7 @@ class Watchdog:
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
-    def __init__(
-        self, response: Answer | aiohttp.ClientResponse, provider: str, idle: float, deadline: float
-    ) -> None:
+    def __init__(self, response: Answer | aiohttp.ClientResponse, provider: str, idle: float, deadline: float) -> None:
         self._response = response
         self._provider = provider
         self._idle = idle

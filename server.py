@@ -1231,7 +1231,7 @@ def error_response(fault: Error) -> web.Response:
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    raw = providers.dumps(body)
+    raw = providers.dump_body(body, finite=True)  # providers' numbers came through `loads`
     return web.Response(body=raw, status=status, headers=headers, content_type="application/json")
 
 
@@ -1591,17 +1591,17 @@ class Gateway:
                 raise InvalidRequestError(f"{name}: more than {most}", param=name)
 
     async def _create(self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]) -> web.Response:
-        message = await self.engine.create(asked, keys)
-        exchange, usage = request[EXCHANGE], message.usage
-        exchange.usage = usage
+        answer, dropped = await self.engine.answer(asked, keys)
+        exchange = request[EXCHANGE]
+        exchange.usage = usage = vai.Usage.model_validate(answer["usage"])
         headers = {
-            "X-Model": header_safe(message.model),
+            "X-Model": header_safe(answer["model"]),
             "X-Input-Tokens": str(usage.input_tokens),
             "X-Output-Tokens": str(usage.output_tokens),
             "X-Duration-Ms": str(exchange.milliseconds),
-            **dropped_header(message.dropped),
+            **dropped_header(dropped),
         }
-        return json_response(message.to_wire(), headers=headers)
+        return json_response(answer, headers=headers)
 
     async def _stream(
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]

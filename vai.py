@@ -868,6 +868,10 @@ class Direct:
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         return await self._first_of(request, keys or {}, self._create)
 
+    async def answer(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> tuple[JSON, list[str]]:
+        """What `create` says, as it goes over the wire, and what was dropped from the request."""
+        return await self._first_of(request, keys or {}, self._answer)
+
     async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         return await self._first_of(request, keys or {}, self._open)
 
@@ -897,6 +901,22 @@ class Direct:
         raise next(sent, failed[0]) from None
 
     async def _create(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> Message:
+        message = await self._whole(request, keys, deadline, PROVIDERS[request.provider].decode)
+        message._dropped = list(request.dropped)
+        return message
+
+    async def _answer(
+        self, request: MessageRequest, keys: Mapping[str, str], deadline: float
+    ) -> tuple[JSON, list[str]]:
+        return await self._whole(request, keys, deadline, PROVIDERS[request.provider].answer), request.dropped
+
+    async def _whole(
+        self,
+        request: MessageRequest,
+        keys: Mapping[str, str],
+        deadline: float,
+        decode: Callable[[Any, MessageRequest], T],
+    ) -> T:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys, deadline)
         raw = b""
@@ -904,13 +924,11 @@ class Direct:
             with _begun(adapter.id):
                 async with upstream:
                     raw = await upstream.read()
-                message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
+                return decode(providers.loads(raw.decode("utf-8", "replace").removeprefix("\ufeff")), request)
         except Error as fault:
             raise providers.for_caller(fault, credential) from None
         finally:
             del raw  # a traceback's locals would show what the provider echoed
-        message._dropped = list(request.dropped)
-        return message
 
     async def _open(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> EventStream:
         adapter = PROVIDERS[request.provider]
@@ -1026,6 +1044,8 @@ def _key_name(name: str) -> str:
 
 def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
     """Keys that a caller brought, by BYOK name; empty ones are none. Raises `InvalidRequestError`, showing no value."""
+    if not keys:
+        return {}
     keys = {name: Secret(key.strip()) for name, key in keys.items()}
     out: dict[str, Secret] = {}
     for name, key in keys.items():

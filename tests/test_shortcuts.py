@@ -214,10 +214,18 @@ def spoilt(value: Any, edits: list[tuple[int, str, Any]]) -> Any:
 def read(decode: Callable[..., Any], adapter: Adapter, body: Any, stop: list[str]) -> Any:
     asked = {"model": MODELS[adapter.id], "messages": [{"role": "user", "content": "hi"}], "stop_sequences": stop}
     try:
-        message = decode(adapter, body, providers.parse_request(asked)).to_wire()
+        message = decode(adapter, body, providers.parse_request(asked))
     except Error as fault:
         return type(fault), fault.code, fault.message
-    return re.sub(r"msg_\w{24}", "made up", dumps(message).decode())
+    wire = message.to_wire() if isinstance(message, providers.Message) else message
+    return re.sub(r"msg_\w{24}", "made up", dumps(wire).decode())
+
+
+def reads_alike(adapter: Adapter, body: Any, stop: list[str]) -> bool:
+    """Whether the short ways say what the detour over events says."""
+    ways = Adapter.decode, type(adapter).decode, type(adapter).answer
+    first, *others = (read(way, adapter, body, stop) for way in ways)
+    return all(other == first for other in others)
 
 
 def test_whole_text() -> None:
@@ -228,7 +236,7 @@ def test_whole_text() -> None:
     assert adapter._only_text(ANSWER, request) is not None
     for place, name, new in itertools.product(range(6), NAMES, ODD):
         body = spoilt(ANSWER, [(place, name, new)])
-        assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, []), body
+        assert reads_alike(adapter, body, []), body
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {"choices": []}, {"choices": ANSWER["choices"] * 2, "usage": {}}])
@@ -237,14 +245,14 @@ def test_whole_text_of_another_form(body: Any, stop: list[str]) -> None:
     for provider in ("openai", "groq", "cerebras"):
         for answer in (body, ANSWER):
             adapter = PROVIDERS[provider]
-            assert read(type(adapter).decode, adapter, answer, stop) == read(Adapter.decode, adapter, answer, stop)
+            assert reads_alike(adapter, answer, stop)
 
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(NAMES), st.sampled_from(ODD)), min_size=2, max_size=4))
 def test_whole_text_fuzzed(edits: list[tuple[int, str, Any]]) -> None:
     adapter, body = PROVIDERS["groq"], spoilt(ANSWER, edits)
-    assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, [])
+    assert reads_alike(adapter, body, [])
 
 
 # == JSON ==============================================================================================================
@@ -271,7 +279,10 @@ def test_request_body(value: Any) -> None:
         except (TypeError, ValueError) as fault:
             return type(fault)
 
-    assert written(providers.dump_body) == written(dumps)
+    plain = written(dumps)
+    assert written(providers.dump_body) == plain
+    if plain is not ValueError:  # of NaN and infinity
+        assert written(functools.partial(providers.dump_body, finite=True)) == plain
 
 
 def test_request_body_in_utf8() -> None:
