@@ -44,7 +44,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 from aiohttp import web
 from pydantic import (
@@ -860,19 +860,22 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
 
 
+def _line(created: float, level: str, name: str, message: str, fields: JSON) -> JSON:
+    second = int(created)
+    time = f"{_second(second)}.{int((created - second) * 1000):03d}Z"
+    line: JSON = {"time": time, "level": level, "logger": name, "message": message}
+    if id := request_id.get():
+        line["request_id"] = id
+    line |= fields
+    return line
+
+
 class JSONFormatter(logging.Formatter):
     """One JSON object a line. Of an exception only its type and where it was raised: its message may hold content."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: JSON = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": providers.redact(record.getMessage()),
-        }
-        if id := request_id.get():
-            line["request_id"] = id
-        line |= getattr(record, "fields", {})
+        message = providers.redact(record.getMessage())
+        line = _line(record.created, record.levelname.lower(), record.name, message, getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0]:
             line["exception"] = record.exc_info[0].__name__
             line["stack"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][-8:]
@@ -977,6 +980,7 @@ def configure_logs(config: LogSection, *, alone: bool = True) -> None:
     if alone:  # no line says thread, process or line of code (logging HOWTO, "Optimization")
         logging._srcfile = None
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    Exchange.lines = writer if alone and style == "json" else None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -1000,6 +1004,17 @@ class Exchange:
     status: int = 499  # what the log says of a caller that went away
     first_token: float | None = None  # seconds from the beginning
     attempts: Sequence[providers.Attempt] = ()
+    lines: ClassVar[LogWriter | None] = None  # of a process in which nobody else takes log records
+
+    def log(self, request: web.BaseRequest) -> None:
+        """The line of the access log; straight into the stream if that is all that would become of a record."""
+        if not access.isEnabledFor(logging.INFO):
+            return
+        fields = self.fields(request)
+        if self.lines:
+            self.lines.write(_log_line(_line(time.time(), "info", access.name, "request", fields)) + "\n")
+        else:
+            access.info("request", extra={"fields": fields})
 
     @property
     def seconds(self) -> float:
@@ -1479,7 +1494,7 @@ class Connection(web.RequestHandler):
         token = request_id.set(exchange.id)
         try:
             response = error_response(fault)
-            access.info("request", extra={"fields": exchange.fields(request)})
+            exchange.log(request)
         finally:
             request_id.reset(token)
         response.headers.update({"Server": "vai", "X-Request-ID": exchange.id, "request-id": exchange.id})
@@ -1706,7 +1721,7 @@ class Gateway:
         finally:
             exchange.settle()
             self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
-            access.info("request", extra={"fields": exchange.fields(request)})
+            exchange.log(request)
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
