@@ -1102,7 +1102,7 @@ class MessageRequest(_Request):
         provider, name = split_model(model)
         body = self.body | {"messages": [dict(message) for message in self.body["messages"]]}
         twin = self.model_copy(update={"messages": [message.model_copy() for message in self.messages]})
-        twin.__dict__ |= {"body": body, "provider": provider, "model_name": name, "attempts": self.attempts}
+        twin.__dict__.update(body=body, provider=provider, model_name=name, dropped=[], attempts=self.attempts)
         return twin
 
     def drop(self, *fields: str) -> None:
@@ -1250,8 +1250,15 @@ def parse_request(
     provider, name = split_model(first, aliases or {})
     kept = {key: value for key, value in given.items() if key != "provider_keys"}
     kept["messages"] = [dict(message) for message in given["messages"]]
-    request.__dict__ |= {"body": kept, "provider": provider, "model_name": name, "headers": dict(headers or {})}
-    request.__dict__["attempts"] = []
+    request.__dict__.update(
+        body=kept,
+        provider=provider,
+        model_name=name,
+        headers=dict(headers or ()),
+        dropped=[],
+        fallbacks=[],
+        attempts=[],
+    )
     _check_messages(request)
     _check_tools(request)
     _check_options(request)
@@ -1375,6 +1382,8 @@ def is_base64(data: str) -> bool:
 
 
 def _check_tools(request: MessageRequest) -> None:
+    if not request.tools and request.tool_choice is None:
+        return
     seen: set[str] = set()
     for i, tool in enumerate(request.tools):
         if isinstance(tool, FunctionTool):
@@ -2420,9 +2429,10 @@ class Adapter:
 
     def level(self, request: MessageRequest) -> str | None:
         """The reasoning effort to send; None to send none."""
-        asked, efforts = request.thinking_level, self.traits(request.model_name).efforts
+        asked = request.thinking_level
         if asked is None or {"thinking", "output_config.effort"} & set(request.dropped):
             return None
+        efforts = self.traits(request.model_name).efforts
         if efforts == ():
             if asked != "none":
                 request.drop("thinking" if request.thinking else "output_config.effort")
@@ -3155,6 +3165,8 @@ class Chat(Adapter):
         }
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
+        if not request.tools:
+            return
         tools = [chat_tool(tool) for tool in request.functions]
         for kind, config in native_tools(request):
             tools += self._native(request, kind, config, body)
@@ -4829,7 +4841,7 @@ class Transport:
     ) -> Upstream:
         """The answer's head; its body is still to be read. A connection that never stood is tried once more.
 
-        All has to be there by `deadline` (in the loop's time). `again` is called before the second try.
+        All has to be there by `deadline` (of `time.monotonic`). `again` is called before the second try.
         Raises `ProviderTimeoutError`, or `ProviderError` with code `connection_failed`, `connection_broken`, `tls` or
         `redirect`.
         """
@@ -4837,8 +4849,7 @@ class Transport:
 
         if self._closed:
             raise RuntimeError("the client is closed")
-        loop = asyncio.get_running_loop()
-        lines, now = self._of_loop(loop), loop.time()
+        lines, now = self._of_loop(asyncio.get_running_loop()), time.monotonic()
         if deadline is None:
             deadline = now + self.timeouts.total
         for attempt in (1, 2):
@@ -4936,10 +4947,10 @@ class Lines:
         self._posted = functools.lru_cache(256)(self._post)
 
     async def ask(self, request: HTTPRequest, until: float) -> Answer | aiohttp.ClientResponse:
-        """The head of the answer. Raises `TimeoutError` when the loop's clock says `until`, and what aiohttp raises."""
+        """The head of the answer. Raises `TimeoutError` when it is not there by `until`, and what aiohttp raises."""
         if request.method == "POST" and len(request.body) <= SMALL:
             return await self._ask(request, until)
-        async with asyncio.timeout_at(until):
+        async with asyncio.timeout(until - time.monotonic()):
             return await self.session.request(
                 request.method,
                 _url(request.url),
@@ -4958,7 +4969,7 @@ class Lines:
         headers = post.headers.copy()
         headers.update(request.headers)
         headers["Content-Length"] = str(len(request.body))
-        limit, left = self._limit, until - self._loop.time()
+        limit, left = self._limit, until - time.monotonic()
         if left < (limit.connect or math.inf):
             limit = ClientTimeout(connect=max(left, 1e-6), ceil_threshold=math.inf)
         connection = await self._connector.connect(post, [], limit)
@@ -5047,25 +5058,26 @@ def _handler() -> type[ResponseHandler]:
 class Watchdog:
     """A time limit on many waits, one after another: `start(until)`, `stop()`. Calls `expired` if a wait is too long.
 
-    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer.
+    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer. The clock
+    is not the loop's, which may take a system call to read.
     """
 
-    __slots__ = ("_expired", "_loop", "_rings", "_timer", "_until", "now")
+    __slots__ = ("_clock", "_expired", "_loop", "_rings", "_timer", "_until")
 
-    def __init__(self, expired: Callable[[], None]) -> None:
+    def __init__(self, expired: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._loop = asyncio.get_running_loop()
-        self.now = self._loop.time
+        self._clock = clock
         self._expired = expired
         self._until = math.inf
         self._rings = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, until: float) -> None:
-        """A wait begins, that is to end before the loop's clock says `until`."""
+        """A wait begins, that is to end before the clock says `until`."""
         self._until = until
         if until < self._rings:
             self.close()
-            self._rings, self._timer = until, self._loop.call_at(until, self._ring)
+            self._rings, self._timer = until, self._loop.call_later(until - self._clock(), self._ring)
 
     def stop(self) -> None:
         self._until = math.inf
@@ -5077,7 +5089,7 @@ class Watchdog:
 
     def _ring(self) -> None:
         until, self._rings, self._timer = self._until, math.inf, None
-        if until <= self._loop.time():
+        if until <= self._clock():
             self._expired()
         else:
             self.start(until)
@@ -5112,7 +5124,7 @@ class Upstream:
                 return data
             wait = self._idle if patience is None else patience
             watchdog = self._watchdog = self._watchdog or Watchdog(lambda: content.set_exception(TimeoutError()))
-            watchdog.start(min(watchdog.now() + wait, self._deadline))
+            watchdog.start(min(time.monotonic() + wait, self._deadline))
             try:
                 return await content.readany()
             finally:
@@ -5140,7 +5152,7 @@ class Upstream:
 
     async def read_some(self, limit: int = 64 << 10) -> bytes:
         """The beginning of an error's body; the rest is not worth waiting for."""
-        body, clock = b"", asyncio.get_running_loop().time
+        body, clock = b"", time.monotonic
         until = clock() + min(5, self._idle)
         with contextlib.suppress(Error):
             while len(body) < limit and (part := await self.chunk(until - clock())):

@@ -41,7 +41,7 @@ import tomllib
 import traceback
 from array import array
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
@@ -421,6 +421,11 @@ def account_of(text: str) -> str:
     return f"ip:{address}"
 
 
+@functools.lru_cache(4096)
+def _anyone(account: str) -> Caller:
+    return Caller("anyone", account=account)
+
+
 class Callers:
     """Who may call. A key is looked up by its digest and compared in constant time; none is kept readable."""
 
@@ -449,7 +454,7 @@ class Callers:
     def identify(self, request: web.Request) -> Caller:
         """The caller, or an error: there is no way past this but through it."""
         if self.mode == "none":
-            return Caller("anyone", account=self.address(request))
+            return _anyone(self.address(request))
         key = presented_key(request)
         if self.mode == "passthrough" and key:
             return Caller("passthrough", key, account=self.address(request))
@@ -834,9 +839,11 @@ class CORS:
 
     def preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a browser that asks before it sends. Any header may be sent: what counts is the key."""
+        if not self._origins or request.method != "OPTIONS":
+            return None
         asked = request.headers.get("Access-Control-Request-Method")
         origin = request.headers.get("Origin")
-        if not self._origins or request.method != "OPTIONS" or asked is None or origin is None:
+        if asked is None or origin is None:
             return None
         headers = {}
         if self.allows(origin):
@@ -1047,7 +1054,26 @@ VERDICT = web.RequestKey("verdict", Verdict)
 
 
 def new_request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{next(_numbers)}"
+
+
+def _random_numbers() -> Iterator[str]:
+    """12 random bytes each, as hex. The system is asked for many at once; a process that was forked asks anew."""
+    while True:
+        many = secrets.token_hex(12 * 1024)
+        yield from (many[start : start + 24] for start in range(0, len(many), 24))
+
+
+_numbers = _random_numbers()
+
+
+def _forked() -> None:
+    global _numbers
+    _numbers = _random_numbers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 # == Metrics ===========================================================================================================
@@ -1264,7 +1290,8 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large(limits)
-    await _continue(request)
+    if "Expect" in request.headers:
+        await _continue(request)
     part, parts, size = b"", [], 0
     if request.content.is_eof():  # it came with the head, as nearly always
         part = request.content.read_nowait()
@@ -1340,14 +1367,12 @@ class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
     def __init__(self, request: web.Request, ping_interval: float) -> None:
-        loop = asyncio.get_running_loop()
         self._request = request
         self._interval = ping_interval
-        self._clock = loop.time
         self._lock = asyncio.Lock()  # between the answer and the pings
-        self._timer = loop.call_later(ping_interval, self._keep_alive)
+        self._timer = asyncio.get_running_loop().call_later(ping_interval, self._keep_alive)
         self._pinger: asyncio.Task[None] | None = None  # of a stream that has lasted that long
-        self._last = self._clock()
+        self._last = time.monotonic()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
         self.sent = 0
@@ -1362,7 +1387,7 @@ class EventWriter:
                 self.response = response
             await self.response.write(frames)
             self.sent += len(frames)
-            self._last = self._clock()
+            self._last = time.monotonic()
 
     def _keep_alive(self) -> None:
         self._pinger = asyncio.create_task(self._ping())
@@ -1370,7 +1395,7 @@ class EventWriter:
     async def _ping(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
-            silence = self._clock() - self._last
+            silence = time.monotonic() - self._last
             if silence < self._interval:
                 await asyncio.sleep(self._interval - silence)
             else:
@@ -1559,6 +1584,7 @@ class Gateway:
         self.running: set[asyncio.Task[Any]] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.loop: asyncio.AbstractEventLoop | None = None  # the one that this runs on, once it does
         self._openapi: bytes | None = None
 
     async def admit(self, request: web.Request) -> Caller:
@@ -1588,11 +1614,13 @@ class Gateway:
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        headers = {name: ",".join(request.headers.getall(name, ())) for name in vai.FORWARDED_HEADERS}
+        given = request.headers
+        headers = {name: ",".join(given.getall(name)) for name in vai.FORWARDED_HEADERS if name in given}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
-        for route in (asked, *asked.fallbacks):
-            caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
+        if caller.models is not None:
+            for route in (asked, *asked.fallbacks):
+                caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
         keys = provider_keys(request, caller, asked)
         if not asked.stream:
             return await self._create(request, asked, keys)
@@ -1752,8 +1780,7 @@ class Gateway:
         return response
 
     async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        task = asyncio.current_task()
-        if task is None or not request.path.startswith("/v1/"):
+        if not request.path.startswith("/v1/") or (task := asyncio.current_task(self.loop)) is None:
             return await handler(request)
         self.running.add(task)
         self.idle.clear()
@@ -2067,6 +2094,7 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.on_response_prepare.append(gateway.mark)
 
     async def startup(app: web.Application) -> None:
+        gateway.loop = asyncio.get_running_loop()
         if gateway.rates.shared:
             await gateway.rates.shared.start()
 

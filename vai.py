@@ -38,6 +38,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import types
 import urllib.parse
 import warnings
@@ -742,7 +743,7 @@ class EventStream:
     async def _read(self, events: list[StreamEvent]) -> None:
         decoder, patience = self._decoder, None
         if decoder.ending:
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             self._until = self._until or now + 1.0
             patience = self._until - now
         try:
@@ -885,7 +886,7 @@ class Direct:
 
         When none does, the error is the first one's that was asked.
         """
-        deadline = asyncio.get_running_loop().time() + self.transport.timeouts.total
+        deadline = time.monotonic() + self.transport.timeouts.total
         failed: list[Error] = []
         for route in (request, *request.fallbacks):
             attempt = providers.Attempt(route.provider, route.model_name)

@@ -303,8 +303,9 @@ class Clock:
     def time(self) -> float:
         return self.now
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> Any:
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
         self.timers += 1
+        when = self.now + delay
         handle = type("Handle", (), {"when": when, "cancel": lambda handle: self.due.pop(handle, None)})()
         self.due[handle] = callback
         return handle
@@ -331,7 +332,7 @@ def test_watchdog(waits: list[tuple[int, int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock, heard = Clock(), []
         patch.setattr(asyncio, "get_running_loop", lambda: clock)
-        watchdog = providers.Watchdog(lambda: heard.append(clock.now))
+        watchdog = providers.Watchdog(lambda: heard.append(clock.now), clock.time)
         expected = []
         for limit, length, pause in waits:
             begun = clock.now
@@ -347,7 +348,7 @@ def test_watchdog(waits: list[tuple[int, int, int]]) -> None:
 
 def test_watchdog_leaves_its_timer_alone(clock: Clock) -> None:
     """A thousand waits in a row, one timer."""
-    watchdog = providers.Watchdog(lambda: None)
+    watchdog = providers.Watchdog(lambda: None, clock.time)
     for _ in range(1000):
         watchdog.start(clock.now + 60)
         clock.pass_to(clock.now + 0.05)
