@@ -4822,9 +4822,15 @@ class Transport:
         self.timeouts = timeouts or Timeouts()
         self._closed = False
         self._lines: dict[asyncio.AbstractEventLoop, Lines] = {}
+        self._only: Lines | None = None  # if this is of one loop alone
         _TRANSPORTS.add(self)
 
-    def _of_loop(self, loop: asyncio.AbstractEventLoop) -> Lines:
+    def bind(self) -> None:
+        """Until it is closed, only the running loop will use this: to look it up each time takes a system call."""
+        self._only = self._here()
+
+    def _here(self) -> Lines:
+        loop = asyncio.get_running_loop()
         if (lines := self._lines.get(loop)) is None:
             for ended in [known for known in self._lines if known.is_closed()]:
                 del self._lines[ended]
@@ -4849,7 +4855,7 @@ class Transport:
 
         if self._closed:
             raise RuntimeError("the client is closed")
-        lines, now = self._of_loop(asyncio.get_running_loop()), time.monotonic()
+        lines, now = self._only or self._here(), time.monotonic()
         if deadline is None:
             deadline = now + self.timeouts.total
         for attempt in (1, 2):
@@ -4886,7 +4892,7 @@ class Transport:
 
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
-        self._closed = True
+        self._closed, self._only = True, None
         if lines := self._lines.pop(asyncio.get_running_loop(), None):
             await lines.session.close()
 
@@ -4906,7 +4912,7 @@ def _forked() -> None:
     that would take them out of the epoll that both share, and the parent would hear nothing on them any more."""
     for transport in list(_TRANSPORTS):
         keep_for_ever(transport._lines)
-        transport._lines = {}
+        transport._lines, transport._only = {}, None
 
 
 if hasattr(os, "register_at_fork"):

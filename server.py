@@ -369,6 +369,12 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+@functools.lru_cache(256)
+def is_own_name(host: str) -> bool:
+    """Whether a `Host` header names this machine, with a port or without."""
+    return is_loopback(re.sub(r":\d*$", "", host))
+
+
 # == Callers and their keys ============================================================================================
 
 
@@ -447,8 +453,7 @@ class Callers:
 
     def check_host(self, request: web.Request) -> None:
         """An open gateway on loopback answers to this machine's names: a page whose name was rebound has another."""
-        host = request.headers.get("Host", "")
-        if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
+        if self._loopback_only and not is_own_name(request.headers.get("Host", "")):
             raise providers.PermissionDeniedError("this gateway answers to this machine's own names only", code="host")
 
     def identify(self, request: web.Request) -> Caller:
@@ -1278,7 +1283,10 @@ def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | 
 
 def header_safe(value: object, limit: int = 512) -> str:
     """What came from outside, fit for a response header."""
-    return HEADER_SAFE.sub("?", str(value))[:limit]
+    text = str(value)
+    if not (text.isascii() and text.isprintable()):
+        text = HEADER_SAFE.sub("?", text)
+    return text[:limit]
 
 
 async def read_body(request: web.Request, limits: LimitsSection, seconds: float) -> JSON:
@@ -1735,7 +1743,7 @@ class Gateway:
     async def observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, the log line, and any exception as an envelope."""
         given = request.headers.get("X-Request-ID", "")
-        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
+        id = given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
         token = request_id.set(id)
         exchange = request[EXCHANGE] = Exchange(id)
         try:
@@ -2095,6 +2103,7 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
 
     async def startup(app: web.Application) -> None:
         gateway.loop = asyncio.get_running_loop()
+        engine.transport.bind()
         if gateway.rates.shared:
             await gateway.rates.shared.start()
 

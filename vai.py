@@ -803,18 +803,20 @@ def _cut(fault: Error, code: str) -> Error:
     return StreamTruncated(provider=fault.provider) if fault.code == code else fault
 
 
-@contextlib.contextmanager
-def _begun(provider: str) -> Iterator[None]:
+class _begun:
     """An answer is coming in: whatever goes wrong from here is not to be asked, and paid for, again."""
-    try:
-        yield
-    except ValueError:
-        fault: Error = providers.unreadable(provider)
-        fault.begun = True
-        raise fault from None
-    except Error as fault:
-        fault.begun = True
-        raise
+
+    def __init__(self, provider: str) -> None:
+        self._provider = provider
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, raised: BaseException | None, traceback: object) -> None:
+        fault = providers.unreadable(self._provider) if isinstance(raised, ValueError) else raised
+        if isinstance(fault, Error):
+            fault.begun = True
+            if fault is not raised:
+                raise fault from None
 
 
 class Direct:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import gzip
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Served
+from conftest import Listen, Logged, Served, canned, http_answer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +291,131 @@ def test_request_body_in_utf8() -> None:
     assert providers.dump_body({"text": "é"}) == '{"text":"é"}'.encode()
 
 
+# == A small POST ======================================================================================================
+
+HTTP = b"HTTP/1.1 200 OK\r\n"
+ANSWERS = {
+    "length": http_answer(b"whole"),
+    "nothing": http_answer(b""),
+    "chunks": HTTP + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n",
+    "until the end": HTTP + b"\r\nwhole",
+    "gzip": http_answer(gzip.compress(b"whole"), "200 OK", "text/plain", "Content-Encoding: gzip"),
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + http_answer(b"whole"),
+    "switching": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "redirect": http_answer(b"", "307 Temporary Redirect", "text/plain", "Location: /elsewhere"),
+    "cookie": http_answer(b"whole", "200 OK", "text/plain", "Set-Cookie: a=b"),
+    "refused": http_answer(b"no", "429 Too Many Requests", "text/plain", "Retry-After: 3"),
+    "cut off": http_answer(b"whole")[:-2],
+    "cut in a chunk": HTTP + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "cut in the head": HTTP + b"Content-",
+    "hung up": b"",
+    "broken chunk": HTTP + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\nab\r\n",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "long line": HTTP + b"X-Long: " + b"x" * (40 << 10) + b"\r\nContent-Length: 0\r\n\r\n",
+    "coding": http_answer(b"whole", "200 OK", "text/plain", "Content-Encoding: zstd"),
+}
+
+
+async def posted(url: str, headers: dict[str, str]) -> Any:
+    """What comes of a POST: status, headers and body, or the error."""
+    transport = providers.Transport(vai.Timeouts(connect=1, first_byte=5, idle=5, total=5))
+    try:
+        async with await transport.send(providers.HTTPRequest(url, headers, b'{"a":1}'), "x") as upstream:
+            return upstream.status, list(upstream.headers.items()), await upstream.read()
+    except Error as fault:
+        return type(fault), fault.code, fault.message
+    finally:
+        await transport.close()
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_small_post(listen: Listen, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """A small request is sent, and its answer read, as aiohttp's session does it."""
+    heard: list[Any] = []
+    url = await listen(canned(ANSWERS[answer], heard)) + "/v1/x?alt=sse"
+    headers = {"Content-Type": "application/json", "x-api-key": "k", "user-agent": "mine"}
+    short = await posted(url, headers)
+    monkeypatch.setattr(providers, "SMALL", -1)
+    assert await posted(url, headers) == short
+    sent, plain = heard
+    assert sent.body == plain.body
+    assert sent.head.split("\r\n")[0] == plain.head.split("\r\n")[0] == "POST /v1/x?alt=sse HTTP/1.1"
+    assert sorted(sent.head.lower().split("\r\n")) == sorted(plain.head.lower().split("\r\n"))
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+async def test_small_post_in_time(listen: Listen, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """A head that does not come is waited for as long as was said, a connection too."""
+    monkeypatch.setattr(providers, "SMALL", small)
+
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)  # until the caller hangs up
+        gone.set()
+
+    gone, url = asyncio.Event(), await listen(silence)
+    for times in (vai.Timeouts(first_byte=0.05), vai.Timeouts(total=0.05)):
+        gone.clear()
+        transport = providers.Transport(times)
+        with pytest.raises(providers.ProviderTimeoutError, match="did not answer in time"):
+            await transport.send(providers.HTTPRequest(url, {}, b"{}"), "x")
+        await asyncio.wait_for(gone.wait(), 5)
+        await transport.close()
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+@pytest.mark.parametrize("value", ["a\r\nb: c", "a\nb", "\x00"])
+async def test_small_post_with_a_header_that_is_none(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch, value: str, small: int
+) -> None:
+    monkeypatch.setattr(providers, "SMALL", small)
+    heard: list[Any] = []
+    url = await listen(canned(http_answer(b""), heard))
+    assert (await posted(url, {"x-api-key": value}))[1] == "connection_broken"
+    assert not any(heard)
+
+
+# == The access log ====================================================================================================
+
+
+class Lines:
+    """A log's stream."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, line: str) -> None:
+        self.written += line
+
+
+@pytest.mark.parametrize("ask", ["answer", "stream", "error", "malformed"])
+async def test_access_line(gateway: Served, logged: Logged, monkeypatch: pytest.MonkeyPatch, ask: str) -> None:
+    """A line that is written straight says what the formatter makes of a record."""
+
+    async def line() -> dict[str, Any]:
+        logged.json.clear()
+        straight.written = ""
+        if ask == "malformed":
+            await gateway.raw_answer(b"GET / HTTP/9\r\n\r\n")
+        elif ask == "error":
+            await gateway.get("/v1/none")
+        else:
+            await gateway.ask("openai", stream=ask == "stream")
+        await gateway.gateway.idle.wait()
+        text = straight.written or f"{logged.json[-1]}\n"
+        assert text.endswith("\n")
+        said: dict[str, Any] = json.loads(text)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
+        return said | dict.fromkeys(("time", "request_id", "duration_ms"), 0)
+
+    straight = Lines()
+    plain = await line()
+    monkeypatch.setattr(server.Exchange, "lines", straight)
+    short = await line()
+    assert straight.written
+    assert list(short.items()) == list(plain.items())
+
+
 # == Time limits =======================================================================================================
 
 
@@ -364,7 +490,8 @@ def test_watchdog_leaves_its_timer_alone(clock: Clock) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_no_cycles(gateway: Served, stream: bool) -> None:
     """What a request needed is let go when it ends, without the garbage collector."""
-    kinds = (vai.EventStream, server.EventWriter, server.Exchange, providers.Upstream, providers.MessageRequest)
+    kinds = (vai.EventStream, server.EventWriter, server.Exchange, providers.Upstream, providers.Answer,
+             providers.MessageRequest)  # fmt: skip
 
     def left() -> int:
         return sum(type(item) in kinds for item in gc.get_objects())
