@@ -1622,8 +1622,7 @@ class Gateway:
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        given = request.headers
-        headers = {name: ",".join(given.getall(name)) for name in vai.FORWARDED_HEADERS if name in given}
+        headers = {n: ",".join(request.headers.getall(n)) for n in vai.FORWARDED_HEADERS if n in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
         if caller.models is not None:
