@@ -1248,7 +1248,8 @@ def parse_request(
     models = (aliases or {}).get(request.model, request.model)
     first, others = (models, ()) if isinstance(models, str) else (models[0], models[1:])
     provider, name = split_model(first, aliases or {})
-    kept = {key: value for key, value in given.items() if key != "provider_keys"}
+    kept = given.copy()
+    kept.pop("provider_keys", None)
     kept["messages"] = [dict(message) for message in given["messages"]]
     request.__dict__.update(
         body=kept,

@@ -1010,7 +1010,7 @@ class Exchange:
     caller: str | None = None
     provider: str | None = None
     model: str | None = None
-    usage: vai.Usage | None = None
+    usage: Mapping[str, int] | None = None  # tokens, by the names of `vai.Usage`
     error: Error | None = None
     sent: int | None = None
     status: int = 499  # what the log says of a caller that went away
@@ -1046,7 +1046,7 @@ class Exchange:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
-            out |= {"input_tokens": self.usage.input_tokens, "output_tokens": self.usage.output_tokens}
+            out |= {name: self.usage.get(name, 0) for name in ("input_tokens", "output_tokens")}
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
         if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
@@ -1087,6 +1087,12 @@ if hasattr(os, "register_at_fork"):
 
 OTHER = "other"
 DURATIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+DIRECTIONS = {
+    "input": "input_tokens",
+    "output": "output_tokens",
+    "cache_read": "cache_read_input_tokens",
+    "cache_write": "cache_creation_input_tokens",
+}
 FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -1183,13 +1189,8 @@ class PrometheusMetrics(Metrics):
         if exchange.first_token is not None:
             self._first_tokens[provider,].observe(exchange.first_token)
         if usage := exchange.usage:
-            for direction, tokens in (
-                ("input", usage.input_tokens),
-                ("output", usage.output_tokens),
-                ("cache_read", usage.cache_read_input_tokens),
-                ("cache_write", usage.cache_creation_input_tokens),
-            ):
-                if tokens > 0:  # a counter takes no less, whatever a provider says
+            for direction, name in DIRECTIONS.items():
+                if (tokens := usage.get(name, 0)) > 0:  # a counter takes no less, whatever a provider says
                     self._tokens[provider, direction].inc(tokens)
         if exchange.error:
             self._errors[provider, exchange.error.type].inc()
@@ -1643,11 +1644,11 @@ class Gateway:
     async def _create(self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]) -> web.Response:
         answer, dropped = await self.engine.answer(asked, keys)
         exchange = request[EXCHANGE]
-        exchange.usage = usage = vai.Usage.model_validate(answer["usage"])
+        exchange.usage = usage = answer["usage"]
         headers = {
             "X-Model": header_safe(answer["model"]),
-            "X-Input-Tokens": str(usage.input_tokens),
-            "X-Output-Tokens": str(usage.output_tokens),
+            "X-Input-Tokens": str(usage.get("input_tokens", 0)),
+            "X-Output-Tokens": str(usage.get("output_tokens", 0)),
             "X-Duration-Ms": str(exchange.milliseconds),
             **dropped_header(dropped),
         }
@@ -1687,7 +1688,7 @@ class Gateway:
                 if exchange.first_token is None and any(event.type == "content_block_delta" for event in events):
                     exchange.first_token = exchange.seconds
                 await out.write(b"".join(map(sse_frame, events)))
-            exchange.usage = stream.usage
+            exchange.usage = stream.usage.to_wire() if stream.usage else None
             await out.end()
             exchange.status, exchange.sent = 200, out.sent  # whole, even for a caller that goes now
             await stream.finish()
