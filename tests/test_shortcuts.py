@@ -9,11 +9,12 @@ import gzip
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Listen, Logged, Served, canned, http_answer
+from conftest import Listen, Logged, Served, canned, hear, http_answer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -361,6 +362,29 @@ async def test_small_post_in_time(listen: Listen, monkeypatch: pytest.MonkeyPatc
             await transport.send(providers.HTTPRequest(url, {}, b"{}"), "x")
         await asyncio.wait_for(gone.wait(), 5)
         await transport.close()
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+async def test_small_post_too_late(listen: Listen, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """What would be too late is not sent, though a connection stands ready."""
+    monkeypatch.setattr(providers, "SMALL", small)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while request := await hear(reader):
+            heard.append(request.body)
+            writer.write(http_answer(b"whole"))
+        gone.set()
+
+    heard: list[bytes] = []
+    gone, url = asyncio.Event(), await listen(talk)
+    transport = providers.Transport()
+    async with await transport.send(providers.HTTPRequest(url, {}, b"1"), "x") as upstream:
+        assert await upstream.read() == b"whole"
+    with pytest.raises(providers.ProviderTimeoutError):
+        await transport.send(providers.HTTPRequest(url, {}, b"2"), "x", deadline=time.monotonic() - 1)
+    await transport.close()
+    await asyncio.wait_for(gone.wait(), 5)
+    assert heard == [b"1"]
 
 
 @pytest.mark.parametrize("small", [32 << 10, -1])
