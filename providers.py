@@ -4956,9 +4956,12 @@ class Lines:
 
     async def ask(self, request: HTTPRequest, until: float) -> Answer | aiohttp.ClientResponse:
         """The head of the answer. Raises `TimeoutError` when it is not there by `until`, and what aiohttp raises."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
         if request.method == "POST" and len(request.body) <= SMALL:
-            return await self._ask(request, until)
-        async with asyncio.timeout(until - time.monotonic()):
+            return await self._ask(request, until, left)
+        async with asyncio.timeout(left):
             return await self.session.request(
                 request.method,
                 _url(request.url),
@@ -4967,7 +4970,7 @@ class Lines:
                 allow_redirects=False,
             )
 
-    async def _ask(self, request: HTTPRequest, until: float) -> Answer:
+    async def _ask(self, request: HTTPRequest, until: float, left: float) -> Answer:
         """What `ClientSession.request` does for a small POST, without what it does for others: no task that writes,
         no timer for each request, nothing for cookies, redirects and proxies."""
         from aiohttp import ClientTimeout
@@ -4977,9 +4980,7 @@ class Lines:
         headers = post.headers.copy()
         headers.update(request.headers)
         headers["Content-Length"] = str(len(request.body))
-        limit, left = self._limit, until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
+        limit = self._limit
         if left < (limit.connect or math.inf):
             limit = ClientTimeout(connect=left, ceil_threshold=math.inf)
         connection = await self._connector.connect(post, [], limit)
