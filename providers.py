@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 if TYPE_CHECKING:
     import aiohttp
     import yarl
+    from aiohttp.client_proto import ResponseHandler
 
 __all__ = [
     "ERRORS",
@@ -135,7 +136,7 @@ _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 def loads(data: bytes | str) -> Any:
     """JSON as RFC 8259 has it: no NaN, no number beyond a float's range. Any fault is a `ValueError`."""
-    text = data.decode("utf-8-sig") if isinstance(data, (bytes, bytearray)) else data
+    text = data.decode().removeprefix("\ufeff") if isinstance(data, (bytes, bytearray)) else data
     text = text.strip(" \t\n\r")
     try:
         value, end = _scan(text, 0)  # what `decode` does, without its two searches for white space
@@ -153,17 +154,20 @@ def dumps(value: Any) -> bytes:
     return _encoder.encode(value).encode("ascii")
 
 
-def dump_body(value: Any) -> bytes:
-    """What `dumps` says, for a request: where orjson is installed much faster, and in UTF-8.
+def dump_body(value: Any, *, finite: bool = False) -> bytes:
+    """What `dumps` says, for a body: where orjson is installed much faster, and in UTF-8.
 
-    orjson takes NaN for null, so what holds a null is written by `dumps`; as is what orjson refuses and JSON has: lone
-    surrogates, integers over 64 bits, deep nesting. What neither takes is the error of `dumps`.
+    orjson takes NaN for null, so what holds a null is written by `dumps`, unless all numbers are known to be `finite`,
+    as in what `loads` has read. So is what orjson refuses and JSON has: lone surrogates, integers over 64 bits, deep
+    nesting. What neither takes is the error of `dumps`.
     """
     if fast := _orjson_dumps():
-        with contextlib.suppress(TypeError):
+        try:
             raw = fast(value)
-            if b"null" not in raw:
-                return raw
+        except TypeError:
+            return dumps(value)
+        if finite or b"null" not in raw:
+            return raw
     return dumps(value)
 
 
@@ -1098,7 +1102,7 @@ class MessageRequest(_Request):
         provider, name = split_model(model)
         body = self.body | {"messages": [dict(message) for message in self.body["messages"]]}
         twin = self.model_copy(update={"messages": [message.model_copy() for message in self.messages]})
-        twin.__dict__ |= {"body": body, "provider": provider, "model_name": name, "attempts": self.attempts}
+        twin.__dict__.update(body=body, provider=provider, model_name=name, dropped=[], attempts=self.attempts)
         return twin
 
     def drop(self, *fields: str) -> None:
@@ -1244,10 +1248,18 @@ def parse_request(
     models = (aliases or {}).get(request.model, request.model)
     first, others = (models, ()) if isinstance(models, str) else (models[0], models[1:])
     provider, name = split_model(first, aliases or {})
-    kept = {key: value for key, value in given.items() if key != "provider_keys"}
+    kept = given.copy()
+    kept.pop("provider_keys", None)
     kept["messages"] = [dict(message) for message in given["messages"]]
-    request.__dict__ |= {"body": kept, "provider": provider, "model_name": name, "headers": dict(headers or {})}
-    request.__dict__["attempts"] = []
+    request.__dict__.update(
+        body=kept,
+        provider=provider,
+        model_name=name,
+        headers=dict(headers or ()),
+        dropped=[],
+        fallbacks=[],
+        attempts=[],
+    )
     _check_messages(request)
     _check_tools(request)
     _check_options(request)
@@ -1371,6 +1383,8 @@ def is_base64(data: str) -> bool:
 
 
 def _check_tools(request: MessageRequest) -> None:
+    if not request.tools and request.tool_choice is None:
+        return
     seen: set[str] = set()
     for i, tool in enumerate(request.tools):
         if isinstance(tool, FunctionTool):
@@ -2383,6 +2397,10 @@ class Adapter:
             raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
         return message
 
+    def answer(self, body: Any, request: MessageRequest) -> JSON:
+        """What `decode` says, as it goes over the wire."""
+        return self.decode(body, request).to_wire()
+
     def traits(self, model: str) -> Traits:
         return Traits()
 
@@ -2410,9 +2428,10 @@ class Adapter:
 
     def level(self, request: MessageRequest) -> str | None:
         """The reasoning effort to send; None to send none."""
-        asked, efforts = request.thinking_level, self.traits(request.model_name).efforts
+        asked = request.thinking_level
         if asked is None or {"thinking", "output_config.effort"} & set(request.dropped):
             return None
+        efforts = self.traits(request.model_name).efforts
         if efforts == ():
             if asked != "none":
                 request.drop("thinking" if request.thinking else "output_config.effort")
@@ -2443,6 +2462,9 @@ class Adapter:
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
         blocks = request.blocks
+        if not blocks and not request.tools and isinstance(request.system, str):  # nothing that could hold any of it
+            request.drop(*(request.model_extra or {}))
+            return
         inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
@@ -3128,9 +3150,13 @@ class Chat(Adapter):
         return ChatDecoder(self, request)
 
     def decode(self, body: Any, request: MessageRequest) -> Message:
-        return self._only_text(body, request) or Adapter.decode(self, body, request)
+        text = self._only_text(body, request)
+        return Message.model_validate(text) if text else Adapter.decode(self, body, request)
 
-    def _only_text(self, body: Any, request: MessageRequest) -> Message | None:
+    def answer(self, body: Any, request: MessageRequest) -> JSON:
+        return self._only_text(body, request) or Adapter.decode(self, body, request).to_wire()
+
+    def _only_text(self, body: Any, request: MessageRequest) -> JSON | None:
         """An answer that is one text, as most are, read without the detour over events; None for any other."""
         if not isinstance(body, dict) or "error" in body or "x_groq" in body or self.cut_stops(request):
             return None
@@ -3143,20 +3169,20 @@ class Chat(Adapter):
         plain = type(text) is str and type(reason) is str and type(id) is str and "delta" not in choice
         if not plain or not text or not id or reason not in CHAT_STOP_REASONS or any(map(message.get, _CHAT_MORE)):
             return None
-        return Message.model_validate(
-            {
-                "id": id,
-                "type": "message",
-                "role": "assistant",
-                "model": f"{self.id}/{body.get('model') or request.model_name}",
-                "content": [{"type": "text", "text": text}],
-                "stop_reason": CHAT_STOP_REASONS[reason],
-                "stop_sequence": None,
-                "usage": chat_usage(usage),
-            }
-        )
+        return {
+            "id": id,
+            "type": "message",
+            "role": "assistant",
+            "model": f"{self.id}/{body.get('model') or request.model_name}",
+            "content": [{"type": "text", "text": text}],
+            "stop_reason": CHAT_STOP_REASONS[reason],
+            "stop_sequence": None,
+            "usage": chat_usage(usage),
+        }
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
+        if not request.tools:
+            return
         tools = [chat_tool(tool) for tool in request.functions]
         for kind, config in native_tools(request):
             tools += self._native(request, kind, config, body)
@@ -4811,42 +4837,22 @@ class Transport:
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
         self._closed = False
-        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._lines: dict[asyncio.AbstractEventLoop, Lines] = {}
+        self._only: Lines | None = None  # if this is of one loop alone
         _TRANSPORTS.add(self)
 
-    def _session(self) -> aiohttp.ClientSession:
+    def bind(self) -> None:
+        """Until it is closed, only the running loop will use this: to look it up each time takes a system call."""
+        here = self._here()
+        self._only = here if len(self._lines) == 1 else None
+
+    def _here(self) -> Lines:
         loop = asyncio.get_running_loop()
-        if (session := self._sessions.get(loop)) is None:
-            for ended in [known for known in self._sessions if known.is_closed()]:
-                _close_ended(self._sessions.pop(ended))
-            session = self._sessions[loop] = self._open_session()
-        return session
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        import aiohttp
-        from aiohttp.client_proto import ResponseHandler
-
-        class Handler(ResponseHandler):
-            def is_connected(self) -> bool:
-                return super().is_connected() and not self.should_close
-
-            def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-                """A broken chunk in mid-body would otherwise leave its reader waiting for more."""
-                super().set_exception(exc, *cause)
-                if self._payload is not None and not self._payload.is_eof() and self._payload.exception() is None:
-                    self._payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
-
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
-        factory: Any = functools.partial(Handler, loop=asyncio.get_running_loop())
-        connector._factory = factory
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self.timeouts.connect),
-            headers={"User-Agent": f"vai/{__version__}", "Accept-Encoding": "gzip, deflate"},
-            max_line_size=32 << 10,
-            max_field_size=32 << 10,
-        )
+        if (lines := self._lines.get(loop)) is None:
+            for ended in [known for known in self._lines if known.is_closed()]:
+                _close_ended(self._lines.pop(ended).session)
+            lines = self._lines[loop] = Lines(self.timeouts.connect)
+        return lines
 
     async def send(
         self,
@@ -4858,7 +4864,7 @@ class Transport:
     ) -> Upstream:
         """The answer's head; its body is still to be read. A connection that never stood is tried once more.
 
-        All has to be there by `deadline` (in the loop's time). `again` is called before the second try.
+        All has to be there by `deadline` (of `time.monotonic`). `again` is called before the second try.
         Raises `ProviderTimeoutError`, or `ProviderError` with code `connection_failed`, `connection_broken`, `tls` or
         `redirect`.
         """
@@ -4866,20 +4872,12 @@ class Transport:
 
         if self._closed:
             raise RuntimeError("the client is closed")
-        session = self._session()
-        now = asyncio.get_running_loop().time()
+        lines, now = self._only or self._here(), time.monotonic()
         if deadline is None:
             deadline = now + self.timeouts.total
         for attempt in (1, 2):
             try:
-                async with asyncio.timeout_at(min(now + self.timeouts.first_byte, deadline)):
-                    response = await session.request(
-                        request.method,
-                        _url(request.url),
-                        data=io.BytesIO(request.body) if len(request.body) > 1 << 20 else request.body,
-                        headers=request.headers,
-                        allow_redirects=False,
-                    )
+                response = await lines.ask(request, min(now + self.timeouts.first_byte, deadline))
                 break
             except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
                 raise ProviderError(
@@ -4911,10 +4909,11 @@ class Transport:
 
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
-        self._closed = True
+        self._closed, self._only = True, None
         here = asyncio.get_running_loop()
-        while self._sessions:
-            loop, session = self._sessions.popitem()
+        while self._lines:
+            loop, lines = self._lines.popitem()
+            session = lines.session
             if loop is here:
                 await session.close()
             elif loop.is_closed():
@@ -4945,15 +4944,14 @@ def _forked() -> None:
     """The child of a fork opens connections of its own. Its parent's are not closed here, not by the collector either:
     that would take them out of the epoll that both share, and the parent would hear nothing on them any more."""
     for transport in list(_TRANSPORTS):
-        keep_for_ever(transport._sessions)
-        transport._sessions = {}
+        keep_for_ever(transport._lines)
+        transport._lines, transport._only = {}, None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-@functools.lru_cache(256)
 def _url(text: str) -> yarl.URL:
     """The address as it was built: nothing in it is quoted or resolved once more."""
     import yarl
@@ -4961,27 +4959,170 @@ def _url(text: str) -> yarl.URL:
     return yarl.URL(text, encoded=True)
 
 
+SMALL = 32 << 10  # bytes of a body that a socket takes in one write
+
+
+class Lines:
+    """One event loop's connections to providers: aiohttp's pool and parser, and for most requests no more of it."""
+
+    def __init__(self, connect: float) -> None:
+        import aiohttp
+
+        handler = _handler()
+        self._loop = asyncio.get_running_loop()
+        self._limit = aiohttp.ClientTimeout(total=None, connect=connect)
+        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
+        factory: Any = functools.partial(handler, loop=self._loop)
+        self._connector._factory = factory
+        self._line_size = 32 << 10  # of a line of the head
+        self.session = aiohttp.ClientSession(
+            connector=self._connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=self._limit,
+            headers={"User-Agent": f"vai/{__version__}", "Accept-Encoding": "gzip, deflate"},
+            max_line_size=self._line_size,
+            max_field_size=self._line_size,
+        )
+        self._posted = functools.lru_cache(256)(self._post)
+
+    async def ask(self, request: HTTPRequest, until: float) -> Answer | aiohttp.ClientResponse:
+        """The head of the answer. Raises `TimeoutError` when it is not there by `until`, and what aiohttp raises."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if request.method == "POST" and len(request.body) <= SMALL:
+            return await self._ask(request, until, left)
+        async with asyncio.timeout(left):
+            return await self.session.request(
+                request.method,
+                _url(request.url),
+                data=io.BytesIO(request.body) if len(request.body) > 1 << 20 else request.body,
+                headers=request.headers,
+                allow_redirects=False,
+            )
+
+    async def _ask(self, request: HTTPRequest, until: float, left: float) -> Answer:
+        """What `ClientSession.request` does for a small POST, without what it does for others: no task that writes,
+        no timer for each request, nothing for cookies, redirects and proxies."""
+        from aiohttp import ClientTimeout
+        from aiohttp.http import HttpProcessingError, StreamWriter
+
+        post = self._posted(request.url)
+        headers = post.headers.copy()
+        headers.update(request.headers)
+        headers["Content-Length"] = str(len(request.body))
+        limit = self._limit
+        if left < (limit.connect or math.inf):
+            limit = ClientTimeout(connect=left, ceil_threshold=math.inf)
+        connection = await self._connector.connect(post, [], limit)
+        protocol: Any = connection.protocol
+        watchdog: Watchdog = protocol.watchdog
+        try:
+            protocol.set_response_params(
+                read_until_eof=True, max_line_size=self._line_size, max_field_size=self._line_size
+            )
+            writer = StreamWriter(protocol, self._loop)
+            await writer.write_headers(f"POST {post.url.raw_path_qs} HTTP/1.1", headers)
+            await writer.write_eof(request.body)
+            watchdog.start(until)
+            message, content = await protocol.read()
+            while message.code < 200 and message.code != 101:
+                message, content = await protocol.read()
+        except HttpProcessingError:
+            connection.close()
+            raise ValueError("no HTTP") from None
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            watchdog.stop()
+        return Answer(message.code, message.headers, content, connection)
+
+    def _post(self, url: str) -> aiohttp.ClientRequest:
+        """What all POST requests to an address have in common: where it is, and their headers."""
+        from aiohttp import ClientRequest
+
+        return ClientRequest("POST", _url(url), headers=self.session.headers, loop=self._loop, session=self.session)
+
+
+class Answer:
+    """A head and a body on its way in; the connection goes back into the pool when all of it is here."""
+
+    __slots__ = ("_connection", "content", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        content: aiohttp.StreamReader,
+        connection: aiohttp.connector.Connection,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.content = content
+        self._connection = connection
+        content.on_eof(connection.release)
+
+    def close(self) -> None:
+        if self._connection.protocol is not None and self.content.exception() is None:
+            self.content.set_exception(ConnectionError("closed here"))
+        self._connection.close()
+
+
+@functools.cache
+def _handler() -> type[ResponseHandler]:
+    import aiohttp
+    from aiohttp.client_proto import ResponseHandler
+
+    class Handler(ResponseHandler):
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            super().__init__(loop)
+            self.watchdog: Watchdog | None = Watchdog(self._expired)  # while a head is waited for
+
+        def is_connected(self) -> bool:
+            return super().is_connected() and not self.should_close
+
+        def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+            """A broken chunk in mid-body would otherwise leave its reader waiting for more."""
+            super().set_exception(exc, *cause)
+            if self._payload is not None and not self._payload.is_eof() and self._payload.exception() is None:
+                self._payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            if self.watchdog:
+                self.watchdog.close()
+                self.watchdog = None  # the two know each other
+            super().connection_lost(exc)
+
+        def _expired(self) -> None:
+            self.set_exception(TimeoutError())
+
+    return Handler
+
+
 class Watchdog:
     """A time limit on many waits, one after another: `start(until)`, `stop()`. Calls `expired` if a wait is too long.
 
-    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer.
+    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer. The clock
+    is not the loop's, which may take a system call to read.
     """
 
-    __slots__ = ("_expired", "_loop", "_rings", "_timer", "_until")
+    __slots__ = ("_clock", "_expired", "_loop", "_rings", "_timer", "_until")
 
-    def __init__(self, expired: Callable[[], None]) -> None:
+    def __init__(self, expired: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._loop = asyncio.get_running_loop()
+        self._clock = clock
         self._expired = expired
         self._until = math.inf
         self._rings = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, until: float) -> None:
-        """A wait begins, that is to end before the loop's clock says `until`."""
+        """A wait begins, that is to end before the clock says `until`."""
         self._until = until
         if until < self._rings:
             self.close()
-            self._rings, self._timer = until, self._loop.call_at(until, self._ring)
+            self._rings, self._timer = until, self._loop.call_later(until - self._clock(), self._ring)
 
     def stop(self) -> None:
         self._until = math.inf
@@ -4993,7 +5134,7 @@ class Watchdog:
 
     def _ring(self) -> None:
         until, self._rings, self._timer = self._until, math.inf, None
-        if until <= self._loop.time():
+        if until <= self._clock():
             self._expired()
         else:
             self.start(until)
@@ -5002,16 +5143,12 @@ class Watchdog:
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
-    def __init__(self, response: aiohttp.ClientResponse, provider: str, idle: float, deadline: float) -> None:
-        import aiohttp
-
-        self._broken = (aiohttp.ClientError, OSError, ValueError, RuntimeError)
+    def __init__(self, response: Answer | aiohttp.ClientResponse, provider: str, idle: float, deadline: float) -> None:
         self._response = response
         self._provider = provider
         self._idle = idle
         self._deadline = deadline
-        self._clock = asyncio.get_running_loop().time
-        self._watchdog = Watchdog(lambda: response.content.set_exception(TimeoutError()))
+        self._watchdog: Watchdog | None = None  # of an answer that has to be waited for
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -5031,18 +5168,20 @@ class Upstream:
             if (data := content.read_nowait()) or content.at_eof():
                 return data
             wait = self._idle if patience is None else patience
-            self._watchdog.start(min(self._clock() + wait, self._deadline))
-            return await content.readany()
+            watchdog = self._watchdog = self._watchdog or Watchdog(lambda: content.set_exception(TimeoutError()))
+            watchdog.start(min(time.monotonic() + wait, self._deadline))
+            try:
+                return await content.readany()
+            finally:
+                watchdog.stop()
         except TimeoutError:
             raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
-        except self._broken:
+        except _broken():
             raise ProviderError(
                 f"{self._provider} broke the connection in mid-answer",
                 provider=self._provider,
                 code="connection_broken",
             ) from None
-        finally:
-            self._watchdog.stop()
 
     async def read(self, limit: int = 64 << 20) -> bytes:
         """The whole body. Raises `ProviderError` (`answer_too_large`) over `limit` bytes."""
@@ -5058,7 +5197,7 @@ class Upstream:
 
     async def read_some(self, limit: int = 64 << 10) -> bytes:
         """The beginning of an error's body; the rest is not worth waiting for."""
-        body, clock = b"", asyncio.get_running_loop().time
+        body, clock = b"", time.monotonic
         until = clock() + min(5, self._idle)
         with contextlib.suppress(Error):
             while len(body) < limit and (part := await self.chunk(until - clock())):
@@ -5074,8 +5213,17 @@ class Upstream:
 
     def abort(self) -> None:
         """Let go: closed at once, unless the whole body was read and the connection is back in the pool."""
-        self._watchdog.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._response.close()
+
+
+@functools.cache
+def _broken() -> tuple[type[Exception], ...]:
+    """What aiohttp raises while a body is read."""
+    import aiohttp
+
+    return aiohttp.ClientError, OSError, ValueError, RuntimeError
 
 
 # == Google's OAuth ====================================================================================================

@@ -41,10 +41,10 @@ import tomllib
 import traceback
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 import aiohttp
 from aiohttp import web
@@ -374,6 +374,12 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+@functools.lru_cache(256)
+def is_own_name(host: str) -> bool:
+    """Whether a `Host` header names this machine, with a port or without."""
+    return is_loopback(re.sub(r":\d*$", "", host))
+
+
 # == Callers and their keys ============================================================================================
 
 
@@ -426,6 +432,11 @@ def account_of(text: str) -> str:
     return f"ip:{address}"
 
 
+@functools.lru_cache(4096)
+def _anyone(account: str) -> Caller:
+    return Caller("anyone", account=account)
+
+
 class Callers:
     """Who may call. A key is looked up by its digest and compared in constant time; none is kept readable."""
 
@@ -447,14 +458,13 @@ class Callers:
 
     def check_host(self, request: web.Request) -> None:
         """An open gateway on loopback answers to this machine's names: a page whose name was rebound has another."""
-        host = request.headers.get("Host", "")
-        if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
+        if self._loopback_only and not is_own_name(request.headers.get("Host", "")):
             raise providers.PermissionDeniedError("this gateway answers to this machine's own names only", code="host")
 
     def identify(self, request: web.Request) -> Caller:
         """The caller, or an error: there is no way past this but through it."""
         if self.mode == "none":
-            return Caller("anyone", account=self.address(request))
+            return _anyone(self.address(request))
         key = presented_key(request)
         if self.mode == "passthrough" and key:
             return Caller("passthrough", key, account=self.address(request))
@@ -835,9 +845,11 @@ class CORS:
 
     def preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a browser that asks before it sends. Any header may be sent: what counts is the key."""
+        if not self._origins or request.method != "OPTIONS":
+            return None
         asked = request.headers.get("Access-Control-Request-Method")
         origin = request.headers.get("Origin")
-        if not self._origins or request.method != "OPTIONS" or asked is None or origin is None:
+        if asked is None or origin is None:
             return None
         headers = {}
         if self.allows(origin):
@@ -861,19 +873,22 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
 
 
+def _line(created: float, level: str, name: str, message: str, fields: JSON) -> JSON:
+    second = int(created)
+    time = f"{_second(second)}.{int((created - second) * 1000):03d}Z"
+    line: JSON = {"time": time, "level": level, "logger": name, "message": message}
+    if id := request_id.get():
+        line["request_id"] = id
+    line |= fields
+    return line
+
+
 class JSONFormatter(logging.Formatter):
     """One JSON object a line. Of an exception only its type and where it was raised: its message may hold content."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: JSON = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": providers.redact(record.getMessage()),
-        }
-        if id := request_id.get():
-            line["request_id"] = id
-        line |= getattr(record, "fields", {})
+        message = providers.redact(record.getMessage())
+        line = _line(record.created, record.levelname.lower(), record.name, message, getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0]:
             line["exception"] = record.exc_info[0].__name__
             line["stack"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])][-8:]
@@ -993,6 +1008,7 @@ def configure_logs(config: LogSection, *, alone: bool = True) -> None:
     if alone:  # no line says thread, process or line of code (logging HOWTO, "Optimization")
         logging._srcfile = None
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    Exchange.lines = writer if alone and style == "json" else None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -1010,12 +1026,23 @@ class Exchange:
     caller: str | None = None
     provider: str | None = None
     model: str | None = None
-    usage: vai.Usage | None = None
+    usage: Mapping[str, int] | None = None  # tokens, by the names of `vai.Usage`
     error: Error | None = None
     sent: int | None = None
     status: int = 499  # what the log says of a caller that went away
     first_token: float | None = None  # seconds from the beginning
     attempts: Sequence[providers.Attempt] = ()
+    lines: ClassVar[LogWriter | None] = None  # of a process in which nobody else takes log records
+
+    def log(self, request: web.BaseRequest) -> None:
+        """The line of the access log; straight into the stream if that is all that would become of a record."""
+        if not access.isEnabledFor(logging.INFO):
+            return
+        fields = self.fields(request)
+        if self.lines:
+            self.lines.write(_log_line(_line(time.time(), "info", access.name, "request", fields)) + "\n")
+        else:
+            access.info("request", extra={"fields": fields})
 
     @property
     def seconds(self) -> float:
@@ -1035,7 +1062,7 @@ class Exchange:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
-            out |= {"input_tokens": self.usage.input_tokens, "output_tokens": self.usage.output_tokens}
+            out |= {name: self.usage.get(name, 0) for name in ("input_tokens", "output_tokens")}
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
         if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
@@ -1048,7 +1075,26 @@ VERDICT = web.RequestKey("verdict", Verdict)
 
 
 def new_request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{next(_numbers)}"
+
+
+def _random_numbers() -> Iterator[str]:
+    """12 random bytes each, as hex. The system is asked for many at once; a process that was forked asks anew."""
+    while True:
+        many = secrets.token_hex(12 * 1024)
+        yield from (many[start : start + 24] for start in range(0, len(many), 24))
+
+
+_numbers = _random_numbers()
+
+
+def _forked() -> None:
+    global _numbers
+    _numbers = _random_numbers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 # == Metrics ===========================================================================================================
@@ -1058,6 +1104,12 @@ def new_request_id() -> str:
 OTHER = "other"
 DURATIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 LAGS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+DIRECTIONS = {
+    "input": "input_tokens",
+    "output": "output_tokens",
+    "cache_read": "cache_read_input_tokens",
+    "cache_write": "cache_creation_input_tokens",
+}
 FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -1163,13 +1215,8 @@ class PrometheusMetrics(Metrics):
         if exchange.first_token is not None:
             self._first_tokens[provider,].observe(exchange.first_token)
         if usage := exchange.usage:
-            for direction, tokens in (
-                ("input", usage.input_tokens),
-                ("output", usage.output_tokens),
-                ("cache_read", usage.cache_read_input_tokens),
-                ("cache_write", usage.cache_creation_input_tokens),
-            ):
-                if tokens > 0:  # a counter takes no less, whatever a provider says
+            for direction, name in DIRECTIONS.items():
+                if (tokens := usage.get(name, 0)) > 0:  # a counter takes no less, whatever a provider says
                     self._tokens[provider, direction].inc(tokens)
         if exchange.error:
             self._errors[provider, exchange.error.type].inc()
@@ -1272,13 +1319,16 @@ def error_response(fault: Error) -> web.Response:
 
 
 def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    raw = providers.dumps(body)
+    raw = providers.dump_body(body, finite=True)  # providers' numbers came through `loads`
     return web.Response(body=raw, status=status, headers=headers, content_type="application/json")
 
 
 def header_safe(value: object, limit: int = 512) -> str:
     """What came from outside, fit for a response header."""
-    return HEADER_SAFE.sub("?", str(value))[:limit]
+    text = str(value)
+    if not (text.isascii() and text.isprintable()):
+        text = HEADER_SAFE.sub("?", text)
+    return text[:limit]
 
 
 async def read_body(request: web.Request, limits: LimitsSection, seconds: float) -> JSON:
@@ -1290,7 +1340,8 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise compressed()
     if (request.content_length or 0) > limits.max_body_bytes:
         raise too_large(limits)
-    await _continue(request)
+    if "Expect" in request.headers:
+        await _continue(request)
     part, parts, size = b"", [], 0
     if request.content.is_eof():  # it came with the head, as nearly always
         part = request.content.read_nowait()
@@ -1370,14 +1421,12 @@ class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
     def __init__(self, request: web.Request, ping_interval: float) -> None:
-        loop = asyncio.get_running_loop()
         self._request = request
         self._interval = ping_interval
-        self._clock = loop.time
         self._lock = asyncio.Lock()  # between the answer and the pings
-        self._timer = loop.call_later(ping_interval, self._keep_alive)
+        self._timer = asyncio.get_running_loop().call_later(ping_interval, self._keep_alive)
         self._pinger: asyncio.Task[None] | None = None  # of a stream that has lasted that long
-        self._last = self._clock()
+        self._last = time.monotonic()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
         self.sent = 0
@@ -1392,7 +1441,7 @@ class EventWriter:
                 self.response = response
             await self.response.write(frames)
             self.sent += len(frames)
-            self._last = self._clock()
+            self._last = time.monotonic()
 
     def _keep_alive(self) -> None:
         self._pinger = asyncio.create_task(self._ping())
@@ -1400,7 +1449,7 @@ class EventWriter:
     async def _ping(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
-            silence = self._clock() - self._last
+            silence = time.monotonic() - self._last
             if silence < self._interval:
                 await asyncio.sleep(self._interval - silence)
             else:
@@ -1533,7 +1582,7 @@ class Connection(web.RequestHandler):
         token = request_id.set(exchange.id)
         try:
             response = error_response(fault)
-            access.info("request", extra={"fields": exchange.fields(request)})
+            exchange.log(request)
         finally:
             request_id.reset(token)
         response.headers.update({"Server": "vai", "X-Request-ID": exchange.id, "request-id": exchange.id})
@@ -1598,6 +1647,7 @@ class Gateway:
         self.running: set[asyncio.Task[Any]] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.loop: asyncio.AbstractEventLoop | None = None  # the one that this runs on, once it does
         self._openapi: bytes | None = None
 
     async def admit(self, request: web.Request) -> Caller:
@@ -1627,11 +1677,12 @@ class Gateway:
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        headers = {name: ",".join(request.headers.getall(name, ())) for name in vai.FORWARDED_HEADERS}
+        headers = {n: ",".join(request.headers.getall(n)) for n in vai.FORWARDED_HEADERS if n in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
-        for route in (asked, *asked.fallbacks):
-            caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
+        if caller.models is not None:
+            for route in (asked, *asked.fallbacks):
+                caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
         keys = provider_keys(request, caller, asked)
         if not asked.stream:
             return await self._create(request, asked, keys)
@@ -1645,17 +1696,17 @@ class Gateway:
                 raise InvalidRequestError(f"{name}: more than {most}", param=name)
 
     async def _create(self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]) -> web.Response:
-        message = await self.engine.create(asked, keys)
-        exchange, usage = request[EXCHANGE], message.usage
-        exchange.usage = usage
+        answer, dropped = await self.engine.answer(asked, keys)
+        exchange = request[EXCHANGE]
+        exchange.usage = usage = answer["usage"]
         headers = {
-            "X-Model": header_safe(message.model),
-            "X-Input-Tokens": str(usage.input_tokens),
-            "X-Output-Tokens": str(usage.output_tokens),
+            "X-Model": header_safe(answer["model"]),
+            "X-Input-Tokens": str(usage.get("input_tokens", 0)),
+            "X-Output-Tokens": str(usage.get("output_tokens", 0)),
             "X-Duration-Ms": str(exchange.milliseconds),
-            **dropped_header(message.dropped),
+            **dropped_header(dropped),
         }
-        return json_response(message.to_wire(), headers=headers)
+        return json_response(answer, headers=headers)
 
     async def _stream(
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
@@ -1691,7 +1742,7 @@ class Gateway:
                 if exchange.first_token is None and any(event.type == "content_block_delta" for event in events):
                     exchange.first_token = exchange.seconds
                 await out.write(b"".join(map(sse_frame, events)))
-            exchange.usage = stream.usage
+            exchange.usage = stream.usage.to_wire() if stream.usage else None
             await out.end()
             exchange.status, exchange.sent = 200, out.sent  # whole, even for a caller that goes now
             await stream.finish()
@@ -1746,7 +1797,7 @@ class Gateway:
     async def observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, the log line, and any exception as an envelope."""
         given = request.headers.get("X-Request-ID", "")
-        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
+        id = given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
         token = request_id.set(id)
         exchange = request[EXCHANGE] = Exchange(id)
         try:
@@ -1760,7 +1811,7 @@ class Gateway:
         finally:
             exchange.settle()
             self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
-            access.info("request", extra={"fields": exchange.fields(request)})
+            exchange.log(request)
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -1791,8 +1842,7 @@ class Gateway:
         return response
 
     async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        task = asyncio.current_task()
-        if task is None or not request.path.startswith("/v1/"):
+        if not request.path.startswith("/v1/") or (task := asyncio.current_task(self.loop)) is None:
             return await handler(request)
         self.running.add(task)
         self.idle.clear()
@@ -2107,6 +2157,8 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
 
     async def running(app: web.Application) -> AsyncIterator[None]:
         watch = asyncio.create_task(watch_loop(gateway.metrics))
+        gateway.loop = asyncio.get_running_loop()
+        engine.transport.bind()
         if gateway.rates.shared:
             await gateway.rates.shared.start()
         yield

@@ -38,6 +38,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import types
 import urllib.parse
 import warnings
@@ -836,7 +837,7 @@ class EventStream:
     async def _read(self, events: list[StreamEvent]) -> None:
         decoder, patience = self._decoder, None
         if decoder.ending:
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             self._until = self._until or now + 1.0
             patience = self._until - now
         try:
@@ -896,18 +897,20 @@ def _cut(fault: Error, code: str) -> Error:
     return StreamTruncated(provider=fault.provider) if fault.code == code else fault
 
 
-@contextlib.contextmanager
-def _begun(provider: str) -> Iterator[None]:
+class _begun:
     """An answer is coming in: whatever goes wrong from here is not to be asked, and paid for, again."""
-    try:
-        yield
-    except ValueError:
-        fault: Error = providers.unreadable(provider)
-        fault.begun = True
-        raise fault from None
-    except Error as fault:
-        fault.begun = True
-        raise
+
+    def __init__(self, provider: str) -> None:
+        self._provider = provider
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, raised: BaseException | None, traceback: object) -> None:
+        fault = providers.unreadable(self._provider) if isinstance(raised, ValueError) else raised
+        if isinstance(fault, Error):
+            fault.begun = True
+            if fault is not raised:
+                raise fault from None
 
 
 class Direct:
@@ -962,6 +965,10 @@ class Direct:
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         return await self._first_of(request, keys or {}, self._create)
 
+    async def answer(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> tuple[JSON, list[str]]:
+        """What `create` says, as it goes over the wire, and what was dropped from the request."""
+        return await self._first_of(request, keys or {}, self._answer)
+
     async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         return await self._first_of(request, keys or {}, self._open)
 
@@ -975,7 +982,7 @@ class Direct:
 
         When none does, the error is the first one's that was asked.
         """
-        deadline = asyncio.get_running_loop().time() + self.transport.timeouts.total
+        deadline = time.monotonic() + self.transport.timeouts.total
         failed: list[Error] = []
         for route in (request, *request.fallbacks):
             attempt = providers.Attempt(route.provider, route.model_name)
@@ -991,6 +998,22 @@ class Direct:
         raise next(sent, failed[0]) from None
 
     async def _create(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> Message:
+        message = await self._whole(request, keys, deadline, PROVIDERS[request.provider].decode)
+        message._dropped = list(request.dropped)
+        return message
+
+    async def _answer(
+        self, request: MessageRequest, keys: Mapping[str, str], deadline: float
+    ) -> tuple[JSON, list[str]]:
+        return await self._whole(request, keys, deadline, PROVIDERS[request.provider].answer), request.dropped
+
+    async def _whole(
+        self,
+        request: MessageRequest,
+        keys: Mapping[str, str],
+        deadline: float,
+        decode: Callable[[Any, MessageRequest], T],
+    ) -> T:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys, deadline)
         raw = b""
@@ -998,13 +1021,11 @@ class Direct:
             with _begun(adapter.id):
                 async with upstream:
                     raw = await upstream.read()
-                message = adapter.decode(providers.loads(raw.decode("utf-8-sig", "replace")), request)
+                return decode(providers.loads(raw.decode("utf-8", "replace").removeprefix("\ufeff")), request)
         except Error as fault:
             raise providers.for_caller(fault, credential) from None
         finally:
             del raw  # a traceback's locals would show what the provider echoed
-        message._dropped = list(request.dropped)
-        return message
 
     async def _open(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> EventStream:
         adapter = PROVIDERS[request.provider]
@@ -1122,6 +1143,8 @@ def _key_name(name: str) -> str:
 
 def byok(keys: Mapping[str, str]) -> dict[str, Secret]:
     """Keys that a caller brought, by BYOK name; empty ones are none. Raises `InvalidRequestError`, showing no value."""
+    if not keys:
+        return {}
     keys = {name: Secret(key.strip()) for name, key in keys.items()}
     out: dict[str, Secret] = {}
     for name, key in keys.items():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import gzip
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Served
+from conftest import Listen, Logged, Served, canned, hear, http_answer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -214,10 +216,18 @@ def spoilt(value: Any, edits: list[tuple[int, str, Any]]) -> Any:
 def read(decode: Callable[..., Any], adapter: Adapter, body: Any, stop: list[str]) -> Any:
     asked = {"model": MODELS[adapter.id], "messages": [{"role": "user", "content": "hi"}], "stop_sequences": stop}
     try:
-        message = decode(adapter, body, providers.parse_request(asked)).to_wire()
+        message = decode(adapter, body, providers.parse_request(asked))
     except Error as fault:
         return type(fault), fault.code, fault.message
-    return re.sub(r"msg_\w{24}", "made up", dumps(message).decode())
+    wire = message.to_wire() if isinstance(message, providers.Message) else message
+    return re.sub(r"msg_\w{24}", "made up", dumps(wire).decode())
+
+
+def reads_alike(adapter: Adapter, body: Any, stop: list[str]) -> bool:
+    """Whether the short ways say what the detour over events says."""
+    ways = Adapter.decode, type(adapter).decode, type(adapter).answer
+    first, *others = (read(way, adapter, body, stop) for way in ways)
+    return all(other == first for other in others)
 
 
 def test_whole_text() -> None:
@@ -228,7 +238,7 @@ def test_whole_text() -> None:
     assert adapter._only_text(ANSWER, request) is not None
     for place, name, new in itertools.product(range(6), NAMES, ODD):
         body = spoilt(ANSWER, [(place, name, new)])
-        assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, []), body
+        assert reads_alike(adapter, body, []), body
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {"choices": []}, {"choices": ANSWER["choices"] * 2, "usage": {}}])
@@ -237,14 +247,14 @@ def test_whole_text_of_another_form(body: Any, stop: list[str]) -> None:
     for provider in ("openai", "groq", "cerebras"):
         for answer in (body, ANSWER):
             adapter = PROVIDERS[provider]
-            assert read(type(adapter).decode, adapter, answer, stop) == read(Adapter.decode, adapter, answer, stop)
+            assert reads_alike(adapter, answer, stop)
 
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(NAMES), st.sampled_from(ODD)), min_size=2, max_size=4))
 def test_whole_text_fuzzed(edits: list[tuple[int, str, Any]]) -> None:
     adapter, body = PROVIDERS["groq"], spoilt(ANSWER, edits)
-    assert read(type(adapter).decode, adapter, body, []) == read(Adapter.decode, adapter, body, [])
+    assert reads_alike(adapter, body, [])
 
 
 # == JSON ==============================================================================================================
@@ -271,12 +281,163 @@ def test_request_body(value: Any) -> None:
         except (TypeError, ValueError) as fault:
             return type(fault)
 
-    assert written(providers.dump_body) == written(dumps)
+    plain = written(dumps)
+    assert written(providers.dump_body) == plain
+    if plain is not ValueError:  # of NaN and infinity
+        assert written(functools.partial(providers.dump_body, finite=True)) == plain
 
 
 def test_request_body_in_utf8() -> None:
     pytest.importorskip("orjson")
     assert providers.dump_body({"text": "é"}) == '{"text":"é"}'.encode()
+
+
+# == A small POST ======================================================================================================
+
+HTTP = b"HTTP/1.1 200 OK\r\n"
+ANSWERS = {
+    "length": http_answer(b"whole"),
+    "nothing": http_answer(b""),
+    "chunks": HTTP + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n",
+    "until the end": HTTP + b"\r\nwhole",
+    "gzip": http_answer(gzip.compress(b"whole"), "200 OK", "text/plain", "Content-Encoding: gzip"),
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + http_answer(b"whole"),
+    "switching": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "redirect": http_answer(b"", "307 Temporary Redirect", "text/plain", "Location: /elsewhere"),
+    "cookie": http_answer(b"whole", "200 OK", "text/plain", "Set-Cookie: a=b"),
+    "refused": http_answer(b"no", "429 Too Many Requests", "text/plain", "Retry-After: 3"),
+    "cut off": http_answer(b"whole")[:-2],
+    "cut in a chunk": HTTP + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "cut in the head": HTTP + b"Content-",
+    "hung up": b"",
+    "broken chunk": HTTP + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\nab\r\n",
+    "no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "long line": HTTP + b"X-Long: " + b"x" * (40 << 10) + b"\r\nContent-Length: 0\r\n\r\n",
+    "coding": http_answer(b"whole", "200 OK", "text/plain", "Content-Encoding: zstd"),
+}
+
+
+async def posted(url: str, headers: dict[str, str]) -> Any:
+    """What comes of a POST: status, headers and body, or the error."""
+    transport = providers.Transport(vai.Timeouts(connect=1, first_byte=5, idle=5, total=5))
+    try:
+        async with await transport.send(providers.HTTPRequest(url, headers, b'{"a":1}'), "x") as upstream:
+            return upstream.status, list(upstream.headers.items()), await upstream.read()
+    except Error as fault:
+        return type(fault), fault.code, fault.message
+    finally:
+        await transport.close()
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_small_post(listen: Listen, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """A small request is sent, and its answer read, as aiohttp's session does it."""
+    heard: list[Any] = []
+    url = await listen(canned(ANSWERS[answer], heard)) + "/v1/x?alt=sse"
+    headers = {"Content-Type": "application/json", "x-api-key": "k", "user-agent": "mine"}
+    short = await posted(url, headers)
+    monkeypatch.setattr(providers, "SMALL", -1)
+    assert await posted(url, headers) == short
+    sent, plain = heard
+    assert sent.body == plain.body
+    assert sent.head.split("\r\n")[0] == plain.head.split("\r\n")[0] == "POST /v1/x?alt=sse HTTP/1.1"
+    assert sorted(sent.head.lower().split("\r\n")) == sorted(plain.head.lower().split("\r\n"))
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+async def test_small_post_in_time(listen: Listen, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """A head that does not come is waited for as long as was said, a connection too."""
+    monkeypatch.setattr(providers, "SMALL", small)
+
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)  # until the caller hangs up
+        gone.set()
+
+    gone, url = asyncio.Event(), await listen(silence)
+    for times in (vai.Timeouts(first_byte=0.05), vai.Timeouts(total=0.05)):
+        gone.clear()
+        transport = providers.Transport(times)
+        with pytest.raises(providers.ProviderTimeoutError, match="did not answer in time"):
+            await transport.send(providers.HTTPRequest(url, {}, b"{}"), "x")
+        await asyncio.wait_for(gone.wait(), 5)
+        await transport.close()
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+async def test_small_post_too_late(listen: Listen, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """What would be too late is not sent, though a connection stands ready."""
+    monkeypatch.setattr(providers, "SMALL", small)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while request := await hear(reader):
+            heard.append(request.body)
+            writer.write(http_answer(b"whole"))
+        gone.set()
+
+    heard: list[bytes] = []
+    gone, url = asyncio.Event(), await listen(talk)
+    transport = providers.Transport()
+    async with await transport.send(providers.HTTPRequest(url, {}, b"1"), "x") as upstream:
+        assert await upstream.read() == b"whole"
+    with pytest.raises(providers.ProviderTimeoutError):
+        await transport.send(providers.HTTPRequest(url, {}, b"2"), "x", deadline=time.monotonic() - 1)
+    await transport.close()
+    await asyncio.wait_for(gone.wait(), 5)
+    assert heard == [b"1"]
+
+
+@pytest.mark.parametrize("small", [32 << 10, -1])
+@pytest.mark.parametrize("value", ["a\r\nb: c", "a\nb", "\x00"])
+async def test_small_post_with_a_header_that_is_none(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch, value: str, small: int
+) -> None:
+    monkeypatch.setattr(providers, "SMALL", small)
+    heard: list[Any] = []
+    url = await listen(canned(http_answer(b""), heard))
+    assert (await posted(url, {"x-api-key": value}))[1] == "connection_broken"
+    assert not any(heard)
+
+
+# == The access log ====================================================================================================
+
+
+class Lines:
+    """A log's stream."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, line: str) -> None:
+        self.written += line
+
+
+@pytest.mark.parametrize("ask", ["answer", "stream", "error", "malformed"])
+async def test_access_line(gateway: Served, logged: Logged, monkeypatch: pytest.MonkeyPatch, ask: str) -> None:
+    """A line that is written straight says what the formatter makes of a record."""
+
+    async def line() -> dict[str, Any]:
+        logged.json.clear()
+        straight.written = ""
+        if ask == "malformed":
+            await gateway.raw_answer(b"GET / HTTP/9\r\n\r\n")
+        elif ask == "error":
+            await gateway.get("/v1/none")
+        else:
+            await gateway.ask("openai", stream=ask == "stream")
+        await gateway.gateway.idle.wait()
+        text = straight.written or f"{logged.json[-1]}\n"
+        assert text.endswith("\n")
+        said: dict[str, Any] = json.loads(text)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
+        return said | dict.fromkeys(("time", "request_id", "duration_ms"), 0)
+
+    straight = Lines()
+    plain = await line()
+    monkeypatch.setattr(server.Exchange, "lines", straight)
+    short = await line()
+    assert straight.written
+    assert list(short.items()) == list(plain.items())
 
 
 # == Time limits =======================================================================================================
@@ -292,8 +453,9 @@ class Clock:
     def time(self) -> float:
         return self.now
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> Any:
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
         self.timers += 1
+        when = self.now + delay
         handle = type("Handle", (), {"when": when, "cancel": lambda handle: self.due.pop(handle, None)})()
         self.due[handle] = callback
         return handle
@@ -320,7 +482,7 @@ def test_watchdog(waits: list[tuple[int, int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock, heard = Clock(), []
         patch.setattr(asyncio, "get_running_loop", lambda: clock)
-        watchdog = providers.Watchdog(lambda: heard.append(clock.now))
+        watchdog = providers.Watchdog(lambda: heard.append(clock.now), clock.time)
         expected = []
         for limit, length, pause in waits:
             begun = clock.now
@@ -336,7 +498,7 @@ def test_watchdog(waits: list[tuple[int, int, int]]) -> None:
 
 def test_watchdog_leaves_its_timer_alone(clock: Clock) -> None:
     """A thousand waits in a row, one timer."""
-    watchdog = providers.Watchdog(lambda: None)
+    watchdog = providers.Watchdog(lambda: None, clock.time)
     for _ in range(1000):
         watchdog.start(clock.now + 60)
         clock.pass_to(clock.now + 0.05)
@@ -352,7 +514,8 @@ def test_watchdog_leaves_its_timer_alone(clock: Clock) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_no_cycles(gateway: Served, stream: bool) -> None:
     """What a request needed is let go when it ends, without the garbage collector."""
-    kinds = (vai.EventStream, server.EventWriter, server.Exchange, providers.Upstream, providers.MessageRequest)
+    kinds = (vai.EventStream, server.EventWriter, server.Exchange, providers.Upstream, providers.Answer,
+             providers.MessageRequest)  # fmt: skip
 
     def left() -> int:
         return sum(type(item) in kinds for item in gc.get_objects())
