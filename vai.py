@@ -6,11 +6,12 @@
     message = client.messages.create(model="anthropic/claude-sonnet-5-5", messages="What is the capital of France?")
     print(message.text, message.usage.total_tokens)
 
-Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
+Needs providers.py beside it, pydantic and aiohttp; for speech voice.py, which is loaded when it is first asked for.
+Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
     tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous
-    client · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
+    client · speech · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
     the command line
 """
 
@@ -88,6 +89,22 @@ else:
     from . import providers
     from .providers import *
 
+if TYPE_CHECKING:
+    import voice
+else:
+
+    class _Voice:
+        """voice.py, loaded when something of it is first asked for: without speech it is not needed."""
+
+        def __getattr__(self, name: str) -> Any:
+            if __package__:
+                from . import voice as module
+            else:
+                import voice as module
+            return getattr(module, name)
+
+    voice = _Voice()
+
 __version__ = "0.1.0"
 if getattr(providers, "__version__", None) != __version__:
     found = getattr(providers, "__version__", "unknown")
@@ -99,6 +116,7 @@ __all__ = [
     "AsyncConversation",
     "AsyncMessageStream",
     "AsyncRun",
+    "AsyncSpeechStream",
     "Client",
     "Conversation",
     "Direct",
@@ -119,6 +137,7 @@ __all__ = [
     "RunFields",
     "RunOptions",
     "RunResult",
+    "SpeechStream",
     "Step",
     "StepComplete",
     "StepStart",
@@ -620,8 +639,10 @@ def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> J
 
 
 def _turn(turn: Turn) -> Any:
+    """A message of the history. Speech stays out of it where the text that was spoken stands beside it."""
     if isinstance(turn, Message):
-        return {"role": "assistant", "content": [block.to_wire() for block in turn.content]}
+        spoken = [block for block in turn.content if turn.text and isinstance(block, Media) and block.type == "audio"]
+        return {"role": "assistant", "content": [block.to_wire() for block in turn.content if block not in spoken]}
     return _plain(turn)
 
 
@@ -654,6 +675,22 @@ class Engine(Protocol):
     async def open(self, request: Any, keys: Mapping[str, str] | None = None) -> EventStream: ...
     async def models(self) -> Models: ...
     async def close(self) -> None: ...
+
+    # Speech: `body` is that of `POST /v1/audio`, whose `audio` may be bytes.
+    def parse_audio(self, body: JSON) -> Any: ...
+    async def transcribe(self, request: Any, keys: Mapping[str, str] | None = None) -> voice.Transcription: ...
+    async def synthesize(self, request: Any, keys: Mapping[str, str] | None = None) -> voice.Speech: ...
+    async def open_speech(self, request: Any, keys: Mapping[str, str] | None = None) -> Audible: ...
+
+
+class Audible(Protocol):
+    """Speech as it comes: iterate for what has the bytes in `data`. `duration` is in seconds of what came so far."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def __anext__(self) -> Any: ...
+    @property
+    def duration(self) -> float: ...
+    def close(self) -> None: ...
 
 
 class ProviderInfo(BaseModel):
@@ -780,13 +817,109 @@ class EventStream:
     @property
     def model(self) -> str:
         """The model that answers, as far as it has said so."""
-        first = self._ready[0] if self._ready else None
-        return first.message.model if isinstance(first, MessageStart) else ""
+        return next((event.message.model for event in self._ready if isinstance(event, MessageStart)), "")
 
     @property
     def usage(self) -> Usage | None:
         """What it cost, once the answer is whole."""
         return self._decoder.build.usage
+
+
+class SpokenStream(EventStream):
+    """An answer that is spoken while it comes in: its text as it comes, and audio as soon as there is some.
+
+    What ends the message waits for the end of the speech, nothing else does.
+    """
+
+    def __init__(self, answer: EventStream, speaker: voice.Speaker) -> None:
+        self.dropped = answer.dropped
+        self.request_id = answer.request_id
+        self._answer = answer
+        self._speaker = speaker
+        self._reading: asyncio.Task[list[StreamEvent]] | None = None
+        self._hearing: asyncio.Task[AudioDelta | AudioError | None] | None = None
+        self._silent = False  # all was spoken
+        self._blocks = 0
+        self._last: list[StreamEvent] = []  # what ends the message, once it is there
+
+    async def __anext__(self) -> list[StreamEvent]:
+        while not (self._last and self._silent):
+            if events := await self._next():
+                return events
+        if isinstance(self._last[-1], MessageStop):
+            ending, self._last = [*self._spoken_block(), *self._last], [Ping()]
+            return ending
+        raise StopAsyncIteration
+
+    async def _next(self) -> list[StreamEvent]:
+        """What comes first: more of the answer, or the next piece of its speech."""
+        if not self._last and self._reading is None:
+            self._reading = self._awaited(anext(self._answer))
+        if not self._silent and self._hearing is None:
+            self._hearing = self._awaited(self._speaker.next())
+        await asyncio.wait([task for task in (self._reading, self._hearing) if task], return_when="FIRST_COMPLETED")
+        events: list[StreamEvent] = []
+        if self._reading and self._reading.done():
+            read, self._reading = self._reading, None
+            events += self._read_out(read.result())
+        if self._hearing and self._hearing.done():
+            heard, self._hearing = self._hearing, None
+            piece = heard.result()
+            self._silent = piece is None
+            events += [piece] if piece else []
+        return events
+
+    @staticmethod
+    def _awaited(work: Awaitable[T]) -> asyncio.Task[T]:
+        async def wait() -> T:
+            return await work
+
+        task = asyncio.create_task(wait())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to see it
+        return task
+
+    def _read_out(self, events: Iterable[StreamEvent]) -> list[StreamEvent]:
+        """Hands text on to be spoken. Thinking and tool calls are never spoken; they end a sentence."""
+        passed: list[StreamEvent] = []
+        for event in events:
+            match event:
+                case MessageDelta() | MessageStop():
+                    self._last.append(event)
+                    continue
+                case ContentBlockDelta(delta=TextDelta(piece)):
+                    self._speaker.feed(piece)
+                case ContentBlockStart(content_block=block):
+                    self._blocks += 1
+                    if not isinstance(block, Text):
+                        self._speaker.pause()
+                    elif block.text:
+                        self._speaker.feed(block.text)
+            passed.append(event)
+        if self._last:
+            self._speaker.end()
+        return passed
+
+    def _spoken_block(self) -> list[StreamEvent]:
+        block = self._speaker.block
+        return [ContentBlockStart(self._blocks, block), ContentBlockStop(self._blocks)] if block else []
+
+    async def finish(self) -> None:
+        await self._answer.finish()
+
+    def close(self) -> None:
+        for task in (self._reading, self._hearing):
+            if task:
+                task.cancel()
+        self._speaker.stop()
+        self._answer.close()
+
+    @property
+    def model(self) -> str:
+        return self._answer.model
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._answer.usage
 
 
 def _cut(fault: Error, code: str) -> Error:
@@ -830,16 +963,24 @@ class Direct:
     ) -> None:
         environ = os.environ if environ is None else environ
         given = byok(provider_keys or {})
+
+        def configured(adapter: Adapter | voice.SpeechAdapter) -> tuple[Secret | None, str]:
+            """The key, if there is one, and the base URL."""
+            found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
+            key = next((key.strip() for key in found if key and key.strip() and not keyless), None)
+            checked = _checked_key(key, f"the key for {adapter.id}") if key else None
+            return checked, _base_url(adapter, base_urls or {}, environ)
+
+        self._configured = configured
         self.aliases = dict(aliases or {})
         self.max_tokens = max_tokens
         self.own_keys = own_keys
         self.keys: dict[str, Secret] = {}
         self.base_urls: dict[str, str] = {}
         for adapter in PROVIDERS.values():
-            found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
-            if not keyless and (key := next((key.strip() for key in found if key and key.strip()), None)):
-                self.keys[adapter.id] = _checked_key(key, f"the key for {adapter.id}")
-            self.base_urls[adapter.id] = _base_url(adapter, base_urls or {}, environ)
+            key, self.base_urls[adapter.id] = configured(adapter)
+            if key:
+                self.keys[adapter.id] = key
         self.login = GoogleLogin.from_environ(environ)
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
@@ -852,9 +993,32 @@ class Direct:
         for name, value in kept.items():
             if len(value) > 1024 or not re.fullmatch(r"[\x20-\x7e]*", value):
                 raise InvalidRequestError(f"the header {name} is not a plain list of names", param=name)
-        return providers.parse_request(body, headers=kept, aliases=self.aliases)
+        request = providers.parse_request(body, headers=kept, aliases=self.aliases)
+        if request.voice:
+            self.read_voice(request)
+        return request
 
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
+        if not request.voice:
+            return await self._create(request, keys)
+        speaker, heard = await self._voiced(request, keys)
+        try:
+            message = await self._create(request, keys)
+            return await _spoken(message, speaker, heard)
+        finally:
+            if speaker:
+                speaker.stop()
+
+    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+        if not request.voice:
+            return await self._open(request, keys)
+        speaker, heard = await self._voiced(request, keys)
+        stream = await self._open(request, keys)
+        if heard:
+            stream._ready.insert(0, TranscriptDelta(heard))
+        return SpokenStream(stream, speaker) if speaker else stream
+
+    async def _create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys or {})
         raw = b""
@@ -870,7 +1034,7 @@ class Direct:
         message._dropped = list(request.dropped)
         return message
 
-    async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+    async def _open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         adapter = PROVIDERS[request.provider]
         upstream, credential = await self._send(adapter, request, keys or {})
         stream = EventStream(upstream, adapter.decoder(request), request.dropped, credential=credential)
@@ -888,14 +1052,55 @@ class Direct:
             )
             for adapter in PROVIDERS.values()
         ]
-        return Models(providers=listed, aliases=self.aliases)
+        return Models(providers=listed, aliases=self.aliases, voice=_speech_models())
 
     def available(self, provider: str) -> bool:
         """Whether there is a key for the provider."""
         return provider in self.keys or (provider == "gemini-oauth" and self._logs_in)
 
     async def close(self) -> None:
+        if "speech" in self.__dict__:
+            await self.speech.close()
         await self.transport.close()
+
+    # -- speech --
+
+    @functools.cached_property
+    def speech(self) -> voice.Services:
+        """The speech services. Raises `ModuleNotFoundError` without voice.py."""
+        return voice.Services(self._configured, self.transport.timeouts, own_keys=self.own_keys)
+
+    def read_voice(self, request: MessageRequest) -> voice.Voice:
+        """The request's `voice`. Raises `InvalidRequestError` that names the setting."""
+        return voice.read_settings(voice.Voice, request.voice, "voice")
+
+    async def _voiced(
+        self, request: MessageRequest, keys: Mapping[str, str] | None
+    ) -> tuple[voice.Speaker | None, str | None]:
+        """What will speak the answer, and what the user was heard to say, which stands in the request from here on."""
+        settings, brought = self.read_voice(request), (byok(keys or {}), byok(request.provider_keys))
+        speaker = self.speech.speaker(settings.output, *brought) if settings.output else None
+        heard = await self.speech.hearing(settings.input, *brought).transcribe([request]) if settings.input else None
+        return speaker, heard
+
+    def parse_audio(self, body: JSON) -> voice.TranscriptionRequest | voice.SynthesisRequest:
+        return voice.read_audio_request(body)
+
+    async def transcribe(
+        self, request: voice.TranscriptionRequest, keys: Mapping[str, str] | None = None
+    ) -> voice.Transcription:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.transcribe(request.recording, request, words=request.timestamps)
+
+    async def synthesize(self, request: voice.SynthesisRequest, keys: Mapping[str, str] | None = None) -> voice.Speech:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.synthesize(request.text, request)
+
+    async def open_speech(
+        self, request: voice.SynthesisRequest, keys: Mapping[str, str] | None = None
+    ) -> voice.SpeechStream:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.stream(request.text, request, words=False)
 
     async def credential(
         self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
@@ -947,7 +1152,33 @@ class Direct:
         )
 
 
-def _base_url(adapter: Adapter, given: Mapping[str, str], environ: Mapping[str, str]) -> str:
+async def _spoken(message: Message, speaker: voice.Speaker | None, heard: str | None) -> Message:
+    """The message with what `voice` adds to it, as the events of a stream would."""
+    total = Accumulator(message)
+    if heard:
+        message.metadata = {"user_transcript": heard}
+    if speaker is None:
+        return message
+    for block in message.content:
+        speaker.feed(block.text) if isinstance(block, Text) else speaker.pause()
+    speaker.end()
+    while event := await speaker.next():
+        total.add(event)
+    if speech := speaker.block:
+        total.add(ContentBlockStart(len(message.content), speech))
+    return message
+
+
+def _speech_models() -> dict[str, list[str]]:
+    """The models that hear and that speak, as `service/model`."""
+    services = voice.SPEECH.values()
+    return {
+        "stt": [f"{service.id}/{model}" for service in services for model in service.stt_models],
+        "tts": [f"{service.id}/{model}" for service in services for model in service.tts_models],
+    }
+
+
+def _base_url(adapter: Adapter | voice.SpeechAdapter, given: Mapping[str, str], environ: Mapping[str, str]) -> str:
     """Where the provider is. Raises `InvalidRequestError` that names the setting."""
     named = [
         (f"base_urls.{adapter.id}", given.get(adapter.id)),
@@ -1042,6 +1273,29 @@ class Remote:
         async with await self._send("GET", "/v1/models", _GatewayRequest({}, {}), None) as upstream:
             return Models.model_validate(await self._json(upstream))
 
+    def parse_audio(self, body: JSON) -> _GatewayRequest:
+        audio = body.get("audio")
+        if isinstance(audio, bytes):
+            body = {**body, "audio": base64.b64encode(audio).decode("ascii")}
+        return _GatewayRequest(body, {})
+
+    async def transcribe(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Transcription:
+        with _begun("gateway"):
+            return voice.Transcription.from_wire(await self._audio(request, keys))
+
+    async def synthesize(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Speech:
+        with _begun("gateway"):
+            return voice.Speech.from_wire(await self._audio(request, keys))
+
+    async def _audio(self, request: _GatewayRequest, keys: Mapping[str, str] | None) -> JSON:
+        async with await self._send("POST", "/v1/audio", request, keys) as upstream:
+            answer: JSON = await self._json(upstream)
+        return answer
+
+    async def open_speech(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> GatewaySpeech:
+        request.body = request.body | {"stream": True}
+        return GatewaySpeech(await self._send("POST", "/v1/audio", request, keys))
+
     async def close(self) -> None:
         await self.transport.close()
 
@@ -1103,6 +1357,56 @@ class GatewayDecoder(StreamDecoder):
         self.build.started = True
         self.build.ended = event.type == "message_stop"
         return [event]
+
+
+class GatewaySpeech:
+    """Speech off the wire: iterate for `voice.Audio`. Ends, or raises the `Error` that ended it."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.duration = 0.0
+        self._upstream = upstream
+        self._sse = SSEDecoder()
+        self._ready: collections.deque[voice.Audio] = collections.deque()
+        self._ended = False
+        self._fault: Error | None = None
+
+    def __aiter__(self) -> GatewaySpeech:
+        return self
+
+    async def __anext__(self) -> voice.Audio:
+        while not self._ready:
+            if self._fault:
+                raise self._fault
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                with _begun("gateway"):
+                    await self._read()
+            except Error as fault:
+                self._fault = fault  # after what came before it
+        return self._ready.popleft()
+
+    async def _read(self) -> None:
+        data = await self._upstream.chunk()
+        for sse in self._sse.feed(data) if data else self._sse.close():
+            self._take(providers.loads(sse.data))
+        if self._ended:
+            await self._upstream.drain()
+            self.close()
+        elif not data:
+            raise StreamTruncated("the gateway's answer ended before it was whole")
+
+    def _take(self, event: JSON) -> None:
+        with providers._readable("gateway"):
+            if event["type"] == "error":
+                raise error_from_wire(event)
+            if event["type"] == "audio_chunk":
+                self._ready.append(voice.Audio(base64.b64decode(event["data"])))
+            elif event["type"] == "done":
+                self.duration, self._ended = float(event["duration_seconds"]), True
+
+    def close(self) -> None:
+        self._upstream.abort()
 
 
 # == The asynchronous client ===========================================================================================
@@ -1317,6 +1621,7 @@ class AsyncClient:
         self._closed = False
         self.messages = AsyncMessages(self)
         self.models = AsyncModels(self)
+        self.audio = AsyncAudio(self)
 
     def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> AsyncConversation:
         """A conversation that keeps its history; the fields are those of all its requests."""
@@ -1366,6 +1671,132 @@ class AsyncClient:
                     raise
                 await asyncio.sleep(pause * (1 if fault.retry_after else random.uniform(0.75, 1.25)))
         raise AssertionError("unreachable")
+
+
+# == Speech ============================================================================================================
+
+
+class TranscribeOptions(TypedDict, total=False):
+    """How a recording is to be heard. `format` (`pcm` or an encoding) and `sample_rate` are for bare samples only."""
+
+    provider: str
+    model: str
+    language: str
+    format: str
+    sample_rate: int
+    timestamps: bool
+    provider_keys: Mapping[str, str]
+
+
+class SpeechOptions(TypedDict, total=False):
+    """How a text is to be spoken; `format` is `wav`, `mp3` or `pcm`, `sample_rate` is in Hz."""
+
+    provider: str
+    voice: str
+    model: str
+    language: str
+    speed: float
+    volume: float
+    emotion: str
+    format: Literal["wav", "mp3", "pcm"]
+    sample_rate: int
+    provider_keys: Mapping[str, str]
+
+
+def _audio_body(options: Mapping[str, Any], known: type, **body: Any) -> JSON:
+    if unknown := options.keys() - known.__annotations__.keys():
+        raise TypeError(f"unknown argument {min(unknown)!r}; known: {', '.join(known.__annotations__)}")
+    given = {name: value for name, value in options.items() if value is not None and name != "provider_keys"}
+    return {**given, **body}
+
+
+def _recorded(source: Source) -> bytes:
+    """The bytes of a recording. Raises `OSError`, or `InvalidRequestError` for a URL: vai fetches none."""
+    if isinstance(source, str) and re.match(r"https?://", source):
+        raise InvalidRequestError("audio: a path or bytes, not a URL", param="audio")
+    if not isinstance(source, bytes):
+        voice.check_size(os.stat(source).st_size)
+        source = Path(source).read_bytes()
+    voice.check_size(len(source))
+    return source
+
+
+class AsyncSpeechStream:
+    """Speech as it comes: iterate for bytes, which joined are a file. A WAV file's header leaves the length open.
+
+    async with client.audio.stream_synthesize("Hello there.", format="mp3") as speech:
+        async for data in speech:
+            file.write(data)
+    """
+
+    def __init__(self, open: Callable[[], Awaitable[Audible]]) -> None:
+        self._open = open
+        self._stream: Audible | None = None
+        self._events: collections.deque[bytes] = collections.deque()
+
+    async def __aenter__(self) -> AsyncSpeechStream:
+        if self._stream is not None:
+            raise RuntimeError("a stream is used once")
+        self._stream = await self._open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncSpeechStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return self._take() or (await self._batch())[0]
+
+    def _take(self) -> bytes | None:
+        return self._events.popleft() if self._events else None
+
+    async def _batch(self) -> list[bytes]:
+        """The bytes of one read of the socket. Raises `StopAsyncIteration` at the end."""
+        if self._stream is None:
+            raise RuntimeError("a stream is used inside its `with` or `async with`")
+        data: bytes = (await anext(self._stream)).data
+        return [data]
+
+    @property
+    def duration(self) -> float:
+        """Seconds of speech; final once it has ended."""
+        return self._stream.duration if self._stream else 0.0
+
+    async def close(self) -> None:
+        """Let go of the service, at once if the speech is not whole."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+class AsyncAudio:
+    """`client.audio`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def transcribe(self, audio: Source, **options: Unpack[TranscribeOptions]) -> voice.Transcription:
+        """What a recording says: a path or bytes, of a file (WAV, MP3, FLAC, Ogg, M4A, WebM) or bare samples.
+
+        Raises an `Error` whose `param` names what is wrong, and `OSError` for a file that cannot be read.
+        """
+        data = await asyncio.to_thread(_recorded, audio)
+        body = _audio_body(options, TranscribeOptions, audio=data)
+        engine, keys = self._client._engine, options.get("provider_keys")
+        return await self._client._retrying(lambda: engine.transcribe(engine.parse_audio(body), keys))
+
+    async def synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> voice.Speech:
+        """A text as speech, all of it: `audio` holds the bytes of the file."""
+        body = _audio_body(options, SpeechOptions, text=text)
+        engine, keys = self._client._engine, options.get("provider_keys")
+        return await self._client._retrying(lambda: engine.synthesize(engine.parse_audio(body), keys))
+
+    def stream_synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> AsyncSpeechStream:
+        """A text as speech, as it comes; to be used with `async with`."""
+        body = _audio_body(options, SpeechOptions, text=text)
+        client, engine, keys = self._client, self._client._engine, options.get("provider_keys")
+        return AsyncSpeechStream(lambda: client._retrying(lambda: engine.open_speech(engine.parse_audio(body), keys)))
 
 
 # == The tool loop =====================================================================================================
@@ -2311,7 +2742,7 @@ E = TypeVar("E")
 class _Blocking(Generic[E]):
     """A stream without `await`: events come over in batches, one for each read of the socket."""
 
-    def __init__(self, client: Client, stream: AsyncMessageStream | AsyncRun) -> None:
+    def __init__(self, client: Client, stream: AsyncMessageStream | AsyncRun | AsyncSpeechStream) -> None:
         self._client = client  # which lives as long as its streams
         self._portal = client._portal
         self._async: Any = stream
@@ -2350,6 +2781,11 @@ class _Blocking(Generic[E]):
             return ()
         return batch
 
+    def close(self) -> None:
+        self._portal.call(self._async.close())
+
+
+class _BlockingEvents(_Blocking[E]):
     @property
     def text(self) -> Iterator[str]:
         """The pieces of text, as they come."""
@@ -2357,11 +2793,8 @@ class _Blocking(Generic[E]):
             if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
                 yield event.delta.text
 
-    def close(self) -> None:
-        self._portal.call(self._async.close())
 
-
-class MessageStream(_Blocking[StreamEvent]):
+class MessageStream(_BlockingEvents[StreamEvent]):
     """`AsyncMessageStream` without `await`."""
 
     _async: AsyncMessageStream
@@ -2382,7 +2815,7 @@ class MessageStream(_Blocking[StreamEvent]):
         return self._portal.call(self._async.final())
 
 
-class Run(_Blocking[RunEvent]):
+class Run(_BlockingEvents[RunEvent]):
     """`AsyncRun` without `await`. `cancel` and `interrupt` may be called from any thread."""
 
     _async: AsyncRun
@@ -2403,6 +2836,16 @@ class Run(_Blocking[RunEvent]):
 
     def interrupt(self, message: str | Sequence[Block], partial: Partial = "discard") -> bool:
         return self._portal.soon(self._async.interrupt, message, partial)
+
+
+class SpeechStream(_Blocking[bytes]):
+    """`AsyncSpeechStream` without `await`."""
+
+    _async: AsyncSpeechStream
+
+    @property
+    def duration(self) -> float:
+        return self._async.duration
 
 
 class SyncMessages:
@@ -2491,6 +2934,29 @@ class SyncModels:
         return self._client._portal.call(self._client._async.models.list())
 
 
+class SyncAudio:
+    """`client.audio`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._async = client._async.audio
+
+    def transcribe(self, audio: Source, **options: Unpack[TranscribeOptions]) -> voice.Transcription:
+        """What a recording says: a path or bytes, of a file (WAV, MP3, FLAC, Ogg, M4A, WebM) or bare samples.
+
+        Raises an `Error` whose `param` names what is wrong, and `OSError` for a file that cannot be read.
+        """
+        return self._client._portal.call(self._async.transcribe(audio, **options))
+
+    def synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> voice.Speech:
+        """A text as speech, all of it: `audio` holds the bytes of the file."""
+        return self._client._portal.call(self._async.synthesize(text, **options))
+
+    def stream_synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> SpeechStream:
+        """A text as speech, as it comes; to be used with `with`."""
+        return SpeechStream(self._client, self._async.stream_synthesize(text, **options))
+
+
 class Client:
     """`AsyncClient` without `await`, for scripts, threads and notebooks; it works inside a running event loop too."""
 
@@ -2526,6 +2992,10 @@ class Client:
     @property
     def models(self) -> SyncModels:
         return SyncModels(self)
+
+    @property
+    def audio(self) -> SyncAudio:
+        return SyncAudio(self)
 
     def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> Conversation:
         """A conversation that keeps its history; the fields are those of all its requests."""
