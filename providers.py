@@ -53,6 +53,8 @@ __all__ = [
     "APIError",
     "Accumulator",
     "Adapter",
+    "Aliases",
+    "Attempt",
     "AudioDelta",
     "AudioError",
     "AuthenticationError",
@@ -130,6 +132,7 @@ _strict = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse)
 _lenient = json.JSONDecoder(parse_int=float)
 _scan: Callable[[str, int], tuple[Any, int]] = cast(Any, _strict).scan_once
 _encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
@@ -151,6 +154,29 @@ def loads(data: bytes | str) -> Any:
 def dumps(value: Any) -> bytes:
     """Compact ASCII JSON. NaN and infinity are a `ValueError`; a lone surrogate passes as its escape."""
     return _encoder.encode(value).encode("ascii")
+
+
+def dump_body(value: Any) -> bytes:
+    """What `dumps` says, for a request: where orjson is installed much faster, and in UTF-8.
+
+    orjson takes NaN for null, so what holds a null is written by `dumps`; as is what orjson refuses and JSON has: lone
+    surrogates, integers over 64 bits, deep nesting. What neither takes is the error of `dumps`.
+    """
+    if fast := _orjson_dumps():
+        with contextlib.suppress(TypeError):
+            raw = fast(value)
+            if b"null" not in raw:
+                return raw
+    return dumps(value)
+
+
+@functools.cache
+def _orjson_dumps() -> Callable[[Any], bytes] | None:
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return functools.partial(orjson.dumps, option=orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME)
 
 
 def too_deep(value: Any, limit: int) -> bool:
@@ -284,6 +310,17 @@ class Error(Exception):
             return False
         return self.status in (408, 409, 429) or self.status >= 500 or self.code == "conflict"
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether the next model of an alias may answer where this one could not.
+
+        It may where nothing of an answer had come: after a 429, a 5xx, a timeout, a broken connection; and where the
+        request could not be sent, for want of a key or because this provider has no form for it.
+        """
+        if self.begun or isinstance(self, StreamTruncated):
+            return False
+        return self.status == 429 or self.status >= 500 or self.code in UNSENT_CODES
+
     def to_wire(self, request_id: str | None = None) -> JSON:
         """The error envelope: a JSON body, an SSE `error` event, a WebSocket message."""
         request_id = request_id or self.request_id
@@ -391,6 +428,7 @@ ERRORS: dict[str, type[Error]] = {
     )
 }
 TERMINAL_CODES = {"insufficient_quota", "billing", "QUOTA_EXHAUSTED", "MODEL_CAPACITY_EXHAUSTED", "unsupported_feature"}
+UNSENT_CODES = {"no_provider_key", "unsupported_feature"}  # of requests that never went out
 
 # An upstream status, as the caller sees it. What is not here goes by its hundreds: 4xx are 400, 5xx are 502.
 STATUS_ERRORS: dict[int, type[Error]] = {
@@ -1012,11 +1050,11 @@ class MessageRequest(_Request):
     system: Annotated[
         Annotated[str, Tag("#string")] | Annotated[list[TextBlock], Tag("#blocks")], Discriminator(_text_or_blocks)
     ] = ""
-    stop_sequences: _Words = []
+    stop_sequences: _Words = Field(default_factory=list)
     metadata: Metadata | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    tools: list[Tool] = []
+    tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -1025,8 +1063,8 @@ class MessageRequest(_Request):
     output_format: OutputFormat | None = None
     output: Output | None = None
     voice: JSON | None = None
-    extensions: dict[str, JSON] = {}
-    provider_keys: dict[str, str] = Field(default={}, repr=False)
+    extensions: dict[str, JSON] = Field(default_factory=dict)
+    provider_keys: dict[str, str] = Field(default_factory=dict, repr=False)
 
     # What `parse_request` finds out stands in the instance's own dict, where reading it costs nothing.
 
@@ -1054,6 +1092,24 @@ class MessageRequest(_Request):
     def dropped(self) -> list[str]:
         """Advisory fields that the provider does not take, filled by `encode`."""
         return []
+
+    @functools.cached_property
+    def fallbacks(self) -> list[MessageRequest]:
+        """The same request for the models that come after this one in its alias."""
+        return []
+
+    @functools.cached_property
+    def attempts(self) -> list[Attempt]:
+        """Which models were asked, in order, filled by the engine. A request and its fallbacks share the list."""
+        return []
+
+    def for_model(self, model: str) -> MessageRequest:
+        """The same request for another model, to be made before anything was dropped from this one."""
+        provider, name = split_model(model)
+        body = self.body | {"messages": [dict(message) for message in self.body["messages"]]}
+        twin = self.model_copy(update={"messages": [message.model_copy() for message in self.messages]})
+        twin.__dict__ |= {"body": body, "provider": provider, "model_name": name, "attempts": self.attempts}
+        return twin
 
     def drop(self, *fields: str) -> None:
         """Leave a field out, and say so. `signature` stands for all reasoning carried over from earlier turns."""
@@ -1115,15 +1171,32 @@ class MessageRequest(_Request):
         return self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks of all turns; a turn that is a plain string has none."""
+        return [block for turn in self.messages if not isinstance(turn.content, str) for block in turn.content]
+
+    @property
     def thinks_back(self) -> bool:
         """Whether the history carries reasoning."""
-        return any(isinstance(b, (ThinkingBlock, RedactedThinkingBlock)) for m in self.messages for b in m.blocks)
+        return any(isinstance(block, (ThinkingBlock, RedactedThinkingBlock)) for block in self.blocks)
 
     @property
     def tool_names(self) -> dict[str, str]:
         """Tool-call id → name of the tool, over the whole history."""
-        calls = (b for m in self.messages for b in m.blocks if isinstance(b, ToolUseBlock))
-        return {call.id: call.name for call in calls}
+        return {block.id: block.name for block in self.blocks if isinstance(block, ToolUseBlock)}
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One model that was asked: why it could not answer, and what was asked there once more.
+
+    `repeats` holds `connection` (there was none), `field` (an advisory one was refused), `token` (it had run out).
+    """
+
+    provider: str
+    model: str
+    fault: Error | None = None
+    repeats: list[str] = field(default_factory=list)
 
 
 def place_of(request: MessageRequest, wanted: Any) -> str | None:
@@ -1144,10 +1217,30 @@ BUDGET_LEVELS = ((4_096, "low"), (12_288, "medium"), (math.inf, "high"))
 LEVEL_BUDGETS = {"minimal": 1_024, "low": 2_048, "medium": 8_192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
 
 
+Aliases: TypeAlias = Mapping[str, str | Sequence[str]]
+MAX_FALLBACKS = 16
+
+
+def alias_models(name: str, models: object) -> list[str]:
+    """The models of an alias, in the order in which they are tried. Raises `InvalidRequestError` for what is none."""
+    listed = [models] if isinstance(models, str) else models
+    param = f"aliases.{name}"
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(model, str) for model in listed):
+        raise InvalidRequestError("must be a model, or a list of models", param=param)
+    if len(listed) > MAX_FALLBACKS or len(set(listed)) < len(listed):
+        raise InvalidRequestError(f"must be at most {MAX_FALLBACKS} models, each of them once", param=param)
+    for model in listed:
+        try:
+            split_model(model)
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param=param) from None
+    return list(listed)
+
+
 def parse_request(
-    body: JSON, *, headers: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None
+    body: JSON, *, headers: Mapping[str, str] | None = None, aliases: Aliases | None = None
 ) -> MessageRequest:
-    """Check a request body and say what it means.
+    """Check a request body and say what it means. An alias of several models makes a request with `fallbacks`.
 
     Raises `InvalidRequestError` whose `param` is the place in the caller's own body: `messages[2].content[0].text`.
     """
@@ -1158,26 +1251,32 @@ def parse_request(
         raise _validation_error(fault, given) from None
     except RecursionError:
         raise InvalidRequestError("the request is nested too deeply", code="json_too_deep") from None
-    provider, name = split_model((aliases or {}).get(request.model, request.model), aliases or {})
+    models = (aliases or {}).get(request.model, request.model)
+    first, others = (models, ()) if isinstance(models, str) else (models[0], models[1:])
+    provider, name = split_model(first, aliases or {})
     kept = {key: value for key, value in given.items() if key != "provider_keys"}
     kept["messages"] = [dict(message) for message in given["messages"]]
     request.__dict__ |= {"body": kept, "provider": provider, "model_name": name, "headers": dict(headers or {})}
+    request.__dict__["attempts"] = []
     _check_messages(request)
     _check_tools(request)
     _check_options(request)
+    if others:
+        request.__dict__["fallbacks"] = [request.for_model(model) for model in others]
     return request
 
 
 def split_model(model: str, aliases: Iterable[str] = ()) -> tuple[str, str]:
     """`provider/model`, cut at the first slash. Raises `InvalidRequestError` for anything else."""
     provider, slash, name = model.partition("/")
-    shown = _printable(model, 100)
     if not slash or not provider or not name:
         also = f", or one of the aliases {', '.join(sorted(aliases))}" if aliases else ""
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"model must be 'provider/model'{also}; got {shown!r}", param="model")
     if provider not in PROVIDERS:
         raise InvalidRequestError(f"unknown provider {provider[:40]!r}; known: {', '.join(PROVIDERS)}", param="model")
     if len(model) > 256 or not MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
+        shown = _printable(model, 100)
         raise InvalidRequestError(f"{shown!r} is not a model name in the form provider/model", param="model")
     return provider, name
 
@@ -1353,7 +1452,7 @@ class ThinkingText(_Response):
 
 
 class Media(_Response):
-    """A generated image, or speech with its `transcript`. In a stream `audio_delta` events hold the `source` of speech."""
+    """A generated image, or speech with its `transcript`. In a stream `audio_delta` events hold the sound of speech."""
 
     type: Literal["image", "audio"]
     source: JSON = {}
@@ -1840,8 +1939,9 @@ class SSEDecoder:
     Raises `ProviderError` with code `event_too_large` for an event over `limit` bytes.
     """
 
-    def __init__(self, limit: int = 32 << 20) -> None:
+    def __init__(self, limit: int = 32 << 20, provider: str | None = None) -> None:
         self._limit = limit
+        self._provider = provider
         self._parts: list[bytes] = []  # of the unfinished line
         self._size = 0
         self._data: list[bytes] = []
@@ -1871,7 +1971,9 @@ class SSEDecoder:
 
     def _check_size(self) -> None:
         if self._size > self._limit:
-            raise ProviderError(f"the provider sent an event of over {self._limit} bytes", code="event_too_large")
+            sender = self._provider or "the provider"
+            message = f"{sender} sent an event of over {self._limit} bytes"
+            raise ProviderError(message, code="event_too_large", provider=self._provider)
 
     def close(self) -> list[SSE]:
         """The end of the body. Some servers leave out the last blank line; an event that is whole still counts."""
@@ -2375,8 +2477,8 @@ class Adapter:
 
     def decode(self, body: Any, request: MessageRequest) -> Message:
         """The whole answer of a request without `stream`. Raises `ProviderError` for what is none."""
-        decoder = self.decoder(request)
-        with _readable(self.id):
+        decoder, message = self.decoder(request), None
+        with _readable(self.id), contextlib.suppress(StreamTruncated):
             message = accumulate([*decoder.feed_whole(body), *decoder.close()])
         if message is None:
             raise ProviderError(f"{self.id} answered with nothing", provider=self.id, code="unreadable_answer")
@@ -2443,7 +2545,7 @@ class Adapter:
 
     def drop_foreign(self, request: MessageRequest) -> None:
         """Report what only Anthropic has a form for."""
-        blocks = [block for message in request.messages for block in message.blocks]
+        blocks = request.blocks
         inner = [item for block in blocks if isinstance(block, ToolResultBlock) for item in block.blocks]
         system = request.system if not isinstance(request.system, str) else []
         if any(getattr(item, "cache_control", None) for item in (*blocks, *inner, *system, *request.tools)):
@@ -2458,7 +2560,7 @@ class Adapter:
     def posted(self, request: MessageRequest, url: str, headers: Mapping[str, str], body: JSON) -> HTTPRequest:
         """The finished request, with the caller's `extensions` for this provider merged in."""
         extra = request.extensions.get(self.id) or {}
-        raw = dumps(_merged(body, extra) if extra else body)
+        raw = dump_body(_merged(body, extra) if extra else body)
         return HTTPRequest(url, {"Content-Type": "application/json", **headers}, raw)
 
 
@@ -2554,6 +2656,38 @@ class StreamDecoder:
 
     def end(self) -> list[StreamEvent]:
         raise StreamTruncated(provider=self.provider)
+
+
+class TextCut:
+    """Cuts the text out of an event that says nothing else, which is nine in ten, instead of reading all of it.
+
+    `before` matches what may stand before the text, up to and with its opening quote, `after` what may follow its
+    closing one; they match nothing that would have another meaning as JSON. What matched is remembered: within a stream
+    it hardly changes. Anything unusual is None and goes the plain way, which gives the same.
+    """
+
+    __slots__ = ("_after", "_before", "_head", "_tail", "head")
+
+    def __init__(self, before: re.Pattern[str], after: re.Pattern[str]) -> None:
+        self._before, self._after = before, after
+        self._head = self._tail = "\0"  # which no event begins with
+        self.head: re.Match[str] | None = None
+
+    def text(self, data: str) -> str | None:
+        """The text, unescaped. Raises `ValueError` where it is no JSON string, as reading all of it would."""
+        if not data.startswith(self._head):
+            self.head = self._before.match(data)
+            if self.head is None:
+                self._head = "\0"
+                return None
+            self._head = self.head[0]
+        text, end = _scan_string(data, len(self._head), True)
+        tail = data[end:]
+        if tail != self._tail:
+            if not self._after.fullmatch(tail):
+                return None
+            self._tail = tail
+        return text
 
 
 class StopCutter:
@@ -2696,8 +2830,7 @@ class Anthropic(Adapter):
         if missing := {"image", "audio"} & request.modalities:
             raise self.refuse(f"{min(missing)} output", f"{min(missing)}_output", "output.modalities")
         last = request.messages[-1]
-        paused = bool(last.blocks) and isinstance(last.blocks[-1], ServerBlock)  # a `pause_turn` goes on like this
-        if last.role == "assistant" and not traits.prefill and not paused:
+        if last.role == "assistant" and not traits.prefill and not _paused(last.blocks):
             raise unsupported(
                 f"a last message of the assistant (prefill) with {request.model_name}", self.id, param="messages"
             )
@@ -2857,6 +2990,11 @@ ANTHROPIC_BETAS = {
 }
 
 
+def _paused(blocks: Sequence[Block]) -> bool:
+    """Whether a turn of the assistant ended as `pause_turn`, and is to go on."""
+    return bool(blocks) and isinstance(blocks[-1], ServerBlock)
+
+
 def anthropic_messages(request: MessageRequest) -> list[JSON]:
     """The caller's messages without what Claude has no form for; whatever stays keeps its bytes."""
     out: list[JSON] = []
@@ -2947,6 +3085,12 @@ def known_stop(reason: Any, content: bool) -> str:
     return "end_turn"
 
 
+_ANTHROPIC_BEFORE = re.compile(
+    r'\{"type":"content_block_delta","index":(0|[1-9][0-9]{0,8}),"delta":\{"type":"text_delta","text":"'
+)
+_ANTHROPIC_AFTER = re.compile(r"\} *\}")  # Anthropic pads its events with spaces
+
+
 class AnthropicDecoder(StreamDecoder):
     """Anthropic's own events, their grammar written anew: what came out of order goes out in order, or is an error."""
 
@@ -2954,11 +3098,17 @@ class AnthropicDecoder(StreamDecoder):
         super().__init__(adapter, request)
         self._usage: JSON = {}
         self._stop: JSON = {}
+        self._texts = TextCut(_ANTHROPIC_BEFORE, _ANTHROPIC_AFTER)
+
+    def read(self, sse: SSE) -> list[StreamEvent]:
+        if (text := self._texts.text(sse.data)) is not None and self._texts.head:
+            return self._delta(int(self._texts.head[1]), TextDelta(text))
+        return self.chunk(loads(sse.data))
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         match chunk["type"]:
             case "content_block_delta":
-                return self._delta(chunk["index"], chunk["delta"])
+                return self._delta(chunk["index"], _delta_from_wire(chunk["delta"]))
             case "content_block_start":
                 block = chunk["content_block"]
                 if not self.build.started or self.build.is_open(chunk["index"]):
@@ -2990,10 +3140,10 @@ class AnthropicDecoder(StreamDecoder):
         more = {key: value for key, value in message.items() if key not in named}
         return self.build.start(message.get("id"), message.get("model"), self._usage, **more)
 
-    def _delta(self, index: Any, delta: JSON) -> list[StreamEvent]:
+    def _delta(self, index: Any, delta: Delta) -> list[StreamEvent]:
         if not self.build.is_open(index):
             raise ValueError("a delta for a block that is not open")
-        return self.build.delta(index, _delta_from_wire(delta))
+        return self.build.delta(index, delta)
 
 
 # == OpenAI Chat Completions (also Groq, Cerebras) =====================================================================
@@ -3008,6 +3158,10 @@ CHAT_STOP_REASONS = {
 }
 CHAT_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}  # tool: a native one
 AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
+
+
+# What a message may say beside its content.
+_CHAT_MORE = ("reasoning_content", "reasoning", "executed_tools", "refusal", "annotations", "tool_calls", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -3060,6 +3214,35 @@ class Chat(Adapter):
 
     def decoder(self, request: MessageRequest) -> StreamDecoder:
         return ChatDecoder(self, request)
+
+    def decode(self, body: Any, request: MessageRequest) -> Message:
+        return self._only_text(body, request) or Adapter.decode(self, body, request)
+
+    def _only_text(self, body: Any, request: MessageRequest) -> Message | None:
+        """An answer that is one text, as most are, read without the detour over events; None for any other."""
+        if not isinstance(body, dict) or "error" in body or "x_groq" in body or self.cut_stops(request):
+            return None
+        choices, usage, id = body.get("choices"), body.get("usage"), body.get("id")
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+        message = choice.get("message") if isinstance(choice, dict) and not choice.get("index") else None
+        if not isinstance(choice, dict) or not isinstance(message, dict) or not isinstance(usage, dict):
+            return None
+        text, reason = message.get("content"), choice.get("finish_reason")
+        plain = type(text) is str and type(reason) is str and type(id) is str and "delta" not in choice
+        if not plain or not text or not id or reason not in CHAT_STOP_REASONS or any(map(message.get, _CHAT_MORE)):
+            return None
+        return Message.model_validate(
+            {
+                "id": id,
+                "type": "message",
+                "role": "assistant",
+                "model": f"{self.id}/{body.get('model') or request.model_name}",
+                "content": [{"type": "text", "text": text}],
+                "stop_reason": CHAT_STOP_REASONS[reason],
+                "stop_sequence": None,
+                "usage": chat_usage(usage),
+            }
+        )
 
     def _tools(self, request: MessageRequest, body: JSON) -> None:
         tools = [chat_tool(tool) for tool in request.functions]
@@ -3193,14 +3376,20 @@ def chat_messages(request: MessageRequest, adapter: Chat, system_role: str) -> l
             else:
                 out.append(turn)
             continue
-        for block in message.blocks:
+        if isinstance(message.content, str):
+            if message.content:
+                held.append({"role": "user" if message.role == "user" else system_role, "content": message.content})
+            if not unanswered:
+                out += _chat_held(media, held)
+            continue
+        for block in message.content:
             if isinstance(block, ToolResultBlock):
                 text, more = _chat_result(block, adapter)
                 id = portable_id(block.tool_use_id)
                 out.append({"role": "tool", "tool_call_id": id, "content": text})
                 unanswered.discard(id)
                 media += more
-        rest = [block for block in message.blocks if not isinstance(block, ToolResultBlock)]
+        rest = [block for block in message.content if not isinstance(block, ToolResultBlock)]
         if parts := [part for block in rest for part in chat_parts(block, adapter)]:
             if message.role == "user":
                 held.append({"role": "user", "content": _chat_content(parts)})
@@ -3245,7 +3434,9 @@ def _chat_content(parts: list[JSON]) -> str | list[JSON]:
 
 
 def _chat_assistant(message: MessageParam, adapter: Chat) -> JSON | None:
-    blocks = message.blocks
+    if isinstance(message.content, str):
+        return {"role": "assistant", "content": message.content} if message.content else None
+    blocks = message.content
     text = "".join(block.text for block in blocks if isinstance(block, TextBlock)) or spoken_text(message)
     calls = [
         {
@@ -3362,6 +3553,15 @@ def execution_result(stdout: str, stderr: str = "") -> JSON:
     return {"type": "code_execution_result", "stdout": stdout, "stderr": stderr, "return_code": code, "content": []}
 
 
+# A chunk with a text and nothing else: its other members are plain values that say nothing in the middle of an answer.
+_CHAT_MEMBER = (
+    r'"(?:usage":null|(?!choices"|error"|usage"|x_groq")[a-z_]+":'
+    r'(?:null|"[^"\\\x00-\x1f]*"|0|[1-9][0-9]{0,17}))'
+)
+_CHAT_BEFORE = re.compile(r"\{(?:" + _CHAT_MEMBER + r',)*"choices":\[\{(?:"index":0,)?"delta":\{"content":"')
+_CHAT_AFTER = re.compile(r'\}(?:,"(?:index":0|logprobs":null|finish_reason":null))*\}\](?:,' + _CHAT_MEMBER + r")*\}")
+
+
 class ChatDecoder(StreamDecoder):
     """`chat.completion.chunk`s, or one `chat.completion`: its message reads as a delta that says everything at once."""
 
@@ -3374,12 +3574,15 @@ class ChatDecoder(StreamDecoder):
         self._early: dict[int, tuple[Any, str]] = {}  # index → (id, arguments) of a call whose name is still to come
         self._audio: list[bytes] = []
         self._transcript = ""
+        self._texts = TextCut(_CHAT_BEFORE, _CHAT_AFTER)
 
     @property
     def ending(self) -> bool:
         return bool(self._stop_reason)
 
     def read(self, sse: SSE) -> list[StreamEvent]:
+        if self.build.started and (text := self._texts.text(sse.data)) is not None:
+            return self._delta({"content": text})
         return self.end() if sse.data.strip() == "[DONE]" else self.chunk(loads(sse.data))
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
@@ -4323,7 +4526,7 @@ class GeminiDecoder(StreamDecoder):
 
     def __init__(self, adapter: Adapter, request: MessageRequest) -> None:
         super().__init__(adapter, request)
-        self._finish = ""
+        self._finish = self._data = ""
         self._blocked = False
         self._usable = False
         self._usage: JSON = make_usage()
@@ -4340,23 +4543,34 @@ class GeminiDecoder(StreamDecoder):
         return bool(self._finish)
 
     def read(self, sse: SSE) -> list[StreamEvent]:
-        """Each `data` line is a whole response, also where the blank lines between them are missing."""
+        """Each `data` line is a whole response, also where the blank lines between them are missing.
+
+        There is no terminal event; after a finish reason, what is no further response does not spoil the answer.
+        """
+        if self._finish and sse.data == self._data:
+            return []
+        self._data = sse.data
         try:
             chunks = [loads(sse.data)]
         except ValueError:
-            chunks = [loads(line) for line in sse.data.split("\n")]
+            try:
+                chunks = [loads(line) for line in sse.data.split("\n")]
+            except ValueError:
+                if self._finish:
+                    return []
+                raise
         return [event for chunk in chunks for event in self.chunk(chunk)]
 
     def chunk(self, chunk: Any) -> list[StreamEvent]:
         if isinstance(chunk, list):
             return [event for item in chunk for event in self.chunk(item)]
-        if chunk.get("error"):
-            raise stream_error(self.provider, chunk["error"])
         trace = chunk.get("traceId")
-        if "response" in chunk:  # Code Assist's envelope
+        if "response" in chunk and not chunk.get("error"):  # Code Assist's envelope
             chunk = chunk["response"] or {}
-            if chunk.get("error"):
-                raise stream_error(self.provider, chunk["error"])
+        if chunk.get("error"):
+            if self._finish:
+                return []
+            raise stream_error(self.provider, chunk["error"])
         self._chunks += 1
         feedback, candidates = chunk.get("promptFeedback") or {}, chunk.get("candidates") or ()
         self._blocked = self._blocked or bool(feedback.get("blockReason"))
@@ -4659,6 +4873,9 @@ PROVIDERS: dict[str, Adapter] = {
 # == Transport =========================================================================================================
 
 
+CODINGS = ("identity", "gzip", "x-gzip", "deflate")  # of bodies; no other was asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds: to connect, to the first byte of the answer, between its bytes, and for all of it."""
@@ -4699,6 +4916,12 @@ class Transport:
             def is_connected(self) -> bool:
                 return super().is_connected() and not self.should_close
 
+            def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+                """A broken chunk in mid-body would otherwise leave its reader waiting for more."""
+                super().set_exception(exc, *cause)
+                if self._payload is not None and not self._payload.is_eof() and self._payload.exception() is None:
+                    self._payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
+
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
         factory: Any = functools.partial(Handler, loop=asyncio.get_running_loop())
         connector._factory = factory
@@ -4711,9 +4934,17 @@ class Transport:
             max_field_size=32 << 10,
         )
 
-    async def send(self, request: HTTPRequest, provider: str) -> Upstream:
+    async def send(
+        self,
+        request: HTTPRequest,
+        provider: str,
+        *,
+        deadline: float | None = None,
+        again: Callable[[], object] = lambda: None,
+    ) -> Upstream:
         """The answer's head; its body is still to be read. A connection that never stood is tried once more.
 
+        All has to be there by `deadline` (in the loop's time). `again` is called before the second try.
         Raises `ProviderTimeoutError`, or `ProviderError` with code `connection_failed`, `connection_broken`, `tls` or
         `redirect`.
         """
@@ -4723,9 +4954,11 @@ class Transport:
             raise RuntimeError("the client is closed")
         session = self._session()
         now = asyncio.get_running_loop().time()
+        if deadline is None:
+            deadline = now + self.timeouts.total
         for attempt in (1, 2):
             try:
-                async with asyncio.timeout_at(now + min(self.timeouts.first_byte, self.timeouts.total)):
+                async with asyncio.timeout_at(min(now + self.timeouts.first_byte, deadline)):
                     response = await session.request(
                         request.method,
                         _url(request.url),
@@ -4745,16 +4978,21 @@ class Transport:
                     raise ProviderError(
                         f"cannot connect to {provider}", provider=provider, code="connection_failed"
                     ) from None
+                again()
             except (aiohttp.ClientError, OSError, ValueError):
                 raise ProviderError(
                     f"{provider} broke the connection", provider=provider, code="connection_broken"
                 ) from None
-        upstream = Upstream(response, provider, self.timeouts.idle, now + self.timeouts.total)
+        upstream = Upstream(response, provider, self.timeouts.idle, deadline)
         if 300 <= response.status < 400:
             upstream.abort()
             raise ProviderError(
                 f"{provider} answered with a redirect, which vai does not follow", provider=provider, code="redirect"
             )
+        coding = response.headers.get("Content-Encoding") or "identity"
+        if response.status == 200 and coding.strip().lower() not in CODINGS:
+            upstream.abort()
+            raise unreadable(provider)
         return upstream
 
     async def close(self) -> None:
@@ -4794,6 +5032,44 @@ def _url(text: str) -> yarl.URL:
     return yarl.URL(text, encoded=True)
 
 
+class Watchdog:
+    """A time limit on many waits, one after another: `start(until)`, `stop()`. Calls `expired` if a wait is too long.
+
+    Its timer is left alone while waits come and go, and set anew only when it rings: a wait costs no timer.
+    """
+
+    __slots__ = ("_expired", "_loop", "_rings", "_timer", "_until")
+
+    def __init__(self, expired: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._expired = expired
+        self._until = math.inf
+        self._rings = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, until: float) -> None:
+        """A wait begins, that is to end before the loop's clock says `until`."""
+        self._until = until
+        if until < self._rings:
+            self.close()
+            self._rings, self._timer = until, self._loop.call_at(until, self._ring)
+
+    def stop(self) -> None:
+        self._until = math.inf
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings, self._timer = math.inf, None
+
+    def _ring(self) -> None:
+        until, self._rings, self._timer = self._until, math.inf, None
+        if until <= self._loop.time():
+            self._expired()
+        else:
+            self.start(until)
+
+
 class Upstream:
     """An answer on its way in. Used as a context manager it lets go of its connection however it ends."""
 
@@ -4805,6 +5081,8 @@ class Upstream:
         self._provider = provider
         self._idle = idle
         self._deadline = deadline
+        self._clock = asyncio.get_running_loop().time
+        self._watchdog = Watchdog(lambda: response.content.set_exception(TimeoutError()))
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -4823,9 +5101,9 @@ class Upstream:
         try:
             if (data := content.read_nowait()) or content.at_eof():
                 return data
-            until = min(asyncio.get_running_loop().time() + (patience or self._idle), self._deadline)
-            async with asyncio.timeout_at(until):
-                return await content.readany()
+            wait = self._idle if patience is None else patience
+            self._watchdog.start(min(self._clock() + wait, self._deadline))
+            return await content.readany()
         except TimeoutError:
             raise ProviderTimeoutError(f"{self._provider} fell silent in mid-answer", provider=self._provider) from None
         except self._broken:
@@ -4834,6 +5112,8 @@ class Upstream:
                 provider=self._provider,
                 code="connection_broken",
             ) from None
+        finally:
+            self._watchdog.stop()
 
     async def read(self, limit: int = 64 << 20) -> bytes:
         """The whole body. Raises `ProviderError` (`answer_too_large`) over `limit` bytes."""
@@ -4849,9 +5129,10 @@ class Upstream:
 
     async def read_some(self, limit: int = 64 << 10) -> bytes:
         """The beginning of an error's body; the rest is not worth waiting for."""
-        body = b""
+        body, clock = b"", asyncio.get_running_loop().time
+        until = clock() + min(5, self._idle)
         with contextlib.suppress(Error):
-            while len(body) < limit and (part := await self.chunk(5)):
+            while len(body) < limit and (part := await self.chunk(until - clock())):
                 body += part
         return body[:limit]
 
@@ -4863,9 +5144,9 @@ class Upstream:
                     return
 
     def abort(self) -> None:
-        """Let go: back to the pool if the whole body was read, else closed at once."""
-        if not self._response.content.at_eof():
-            self._response.close()
+        """Let go: closed at once, unless the whole body was read and the connection is back in the pool."""
+        self._watchdog.close()
+        self._response.close()
 
 
 # == Google's OAuth ====================================================================================================

@@ -1015,7 +1015,7 @@ def anthropic_pairs(messages: list[Json]) -> Iterator[Refusal]:
     """Every tool_use answered once, first thing in the next user turn, and nothing else answered."""
     turns = merged_turns(messages)
     seen: set[str] = set()
-    for (role, i, content), (_, _, after) in zip(turns, [*turns[1:], ("", 0, [])], strict=True):
+    for (role, i, content), (_, _, after) in zip(turns, [*turns[1:], ("", 0, [])], strict=False):
         calls = of("tool_use", content, "id")
         if role == "user" and i == 0:
             yield from orphans(i, of("tool_result", content, "tool_use_id"), [])

@@ -4,18 +4,23 @@
     python server.py --config vai.toml
 
 Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` lists them all. Needs vai.py and
-providers.py beside it, pydantic and aiohttp; uvloop is used where it is installed.
+providers.py beside it, pydantic and aiohttp; uvloop and prometheus-client are used where they are installed. For
+several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`.
 
 Contents (`grep -n '^# == '` lists the sections):
-    configuration · callers and their keys · logs · errors and responses · the endpoints · the app · main
+    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs · metrics
+    errors and responses · connections · the endpoints · the OpenAPI document · the app · main
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import collections
 import contextlib
 import contextvars
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -23,21 +28,37 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SkipValidation,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING or not __package__:
     import providers
@@ -46,6 +67,8 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import providers, vai
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
+if TYPE_CHECKING:
+    from pydantic_core import core_schema
 
 __version__ = "0.1.0"
 if getattr(vai, "__version__", None) != __version__:
@@ -68,15 +91,37 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, frozen=True)
 
 
+def _form(pattern: str, says: str) -> AfterValidator:
+    """A string that must have a form, and what to say of one that has not."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("form", "must be {says}", {"says": says})
+        return value
+
+    return AfterValidator(check)
+
+
 class ServerSection(_Section):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     allow_open: bool = False
+    trusted_proxies: list[IPvAnyNetwork] = []
+
+
+RPM = Annotated[int, Field(ge=1, le=1_000_000_000)]  # requests a minute
+ModelPattern = Annotated[
+    str, _form(r"[A-Za-z0-9*][A-Za-z0-9._:@/+*-]{0,255}", "an alias, provider/model, or either with * in it")
+]
+Origin = Annotated[str, _form(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s,*@]+", "scheme://host[:port] in full, or *")]
+RedisURL = Annotated[str, _form(r"(rediss?|unix)://\S+", "redis://, rediss:// or unix://")]
 
 
 class KeyEntry(_Section):
     key: str = Field(min_length=8, pattern=r"^[\x21-\x7e]+$", repr=False)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
+    rpm: RPM | None = None
+    models: Annotated[list[ModelPattern], Field(min_length=1)] | None = None
 
 
 class AuthSection(_Section):
@@ -97,6 +142,13 @@ class LimitsSection(_Section):
     max_tokens_default: Annotated[int, Field(ge=1)] = 4096
 
 
+class RateLimitSection(_Section):
+    enabled: bool = True
+    caller_rpm: RPM = 100_000
+    global_rpm: RPM = 1_000_000
+    redis_url: RedisURL | None = Field(default=None, repr=False)
+
+
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -105,6 +157,7 @@ class TimeoutsSection(_Section):
     first_byte: Seconds = 120
     idle: Seconds = 120
     total: Seconds = 600
+    head: Seconds = 15
     body: Seconds = 60
     write: Seconds = 60
     drain: Annotated[float, Field(ge=0, le=86_400)] = 30
@@ -112,6 +165,16 @@ class TimeoutsSection(_Section):
 
 class SSESection(_Section):
     ping_interval: Seconds = 15
+
+
+class CORSSection(_Section):
+    allowed_origins: list[Origin] = []
+    allow_credentials: bool = False
+
+
+class MetricsSection(_Section):
+    enabled: bool = True
+    require_key: bool = False
 
 
 class LogSection(_Section):
@@ -125,10 +188,13 @@ class Config(_Section):
     server: ServerSection = ServerSection()
     auth: AuthSection = AuthSection()
     providers: dict[str, ProviderSection] = {}
-    aliases: dict[str, str] = {}
+    aliases: dict[str, SkipValidation[str | list[str]]] = {}  # `providers.alias_models` says what is wrong
     limits: LimitsSection = LimitsSection()
+    rate_limit: RateLimitSection = RateLimitSection()
     timeouts: TimeoutsSection = TimeoutsSection()
     sse: SSESection = SSESection()
+    cors: CORSSection = CORSSection()
+    metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 
 
@@ -140,18 +206,28 @@ class Option:
     env: str
     flag: str | None = None
     help: str = ""
+    many: bool = False  # in the environment a comma-separated list
 
 
 OPTIONS = (
     Option("server.host", "VAI_HOST", "--host", "address to listen on (127.0.0.1)"),
     Option("server.port", "VAI_PORT", "--port", "port to listen on (8080; 0 takes a free one)"),
     Option("server.allow_open", "VAI_ALLOW_OPEN", "--allow-open", "let --auth none listen beyond this machine"),
+    Option("server.trusted_proxies", "VAI_TRUSTED_PROXIES", many=True),
     Option("auth.mode", "VAI_AUTH_MODE", "--auth", "api_key, passthrough or none (api_key)"),
-    Option("auth.keys", "VAI_API_KEYS"),
+    Option("auth.keys", "VAI_API_KEYS", many=True),
     Option("limits.max_body_bytes", "VAI_MAX_BODY_BYTES"),
     Option("limits.max_tokens_default", "VAI_MAX_TOKENS_DEFAULT"),
+    Option("rate_limit.enabled", "VAI_RATE_LIMIT"),
+    Option("rate_limit.caller_rpm", "VAI_CALLER_RPM"),
+    Option("rate_limit.global_rpm", "VAI_GLOBAL_RPM"),
+    Option("rate_limit.redis_url", "VAI_REDIS_URL"),
     *(Option(f"timeouts.{name}", f"VAI_TIMEOUT_{name.upper()}") for name in TimeoutsSection.model_fields),
     Option("sse.ping_interval", "VAI_PING_INTERVAL"),
+    Option("cors.allowed_origins", "VAI_CORS_ORIGINS", many=True),
+    Option("cors.allow_credentials", "VAI_CORS_CREDENTIALS"),
+    Option("metrics.enabled", "VAI_METRICS"),
+    Option("metrics.require_key", "VAI_METRICS_REQUIRE_KEY"),
     Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
     Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
 )
@@ -179,7 +255,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
     for option in OPTIONS:
         for source, value in ((option.env, environ.get(option.env)), (option.flag, flags.get(option.path))):
             if source and value is not None:
-                _place(tree, option.path, _parsed(option.path, _clean(value, source)))
+                _place(tree, option.path, _parsed(option, _clean(value, source)))
                 sources[option.path] = source
     try:
         config = Config.model_validate(tree)
@@ -226,12 +302,15 @@ def _clean(value: str, where: str) -> str:
     return value
 
 
-def _parsed(path: str, value: str) -> Any:
-    """`auth.keys` from the environment: `key` or `name=key`, comma-separated."""
-    if path != "auth.keys":
+def _parsed(option: Option, value: str) -> Any:
+    """A list from the environment is comma-separated; of `auth.keys` an item is `key` or `name=key`."""
+    if not option.many:
         return value
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    if option.path != "auth.keys":
+        return items
     keys = []
-    for number, item in enumerate((item.strip() for item in value.split(",") if item.strip()), 1):
+    for number, item in enumerate(items, 1):
         named = re.fullmatch(r"([A-Za-z0-9._-]{1,64})=(?!=*$)(.+)", item)  # not the padding of a base64 key
         keys.append({"name": named[1], "key": named[2]} if named else {"name": f"key{number}", "key": item})
     return keys
@@ -258,14 +337,20 @@ def _check_config(config: Config, sources: Mapping[str, str]) -> None:
     for name in config.providers:
         if name not in PROVIDERS:
             raise ConfigError(f"{source}: providers.{name}: unknown provider; known: {', '.join(PROVIDERS)}")
-    for name, model in config.aliases.items():
+    for name, models in config.aliases.items():
         try:
-            providers.split_model(model)
+            providers.alias_models(name, models)
         except Error as fault:
-            raise ConfigError(f"{source}: aliases.{name}: {fault.message}") from None
+            raise ConfigError(f"{source}: {fault.param}: {fault.message}") from None
+    if config.metrics.require_key and config.auth.mode != "api_key":
+        where = sources.get("metrics.require_key", source)
+        raise ConfigError(f"{where}: metrics.require_key: needs auth.mode api_key, the only one with keys of its own")
     names = [entry.name for entry in config.auth.keys]
     if len({entry.key for entry in config.auth.keys}) < len(names) or len(set(names)) < len(names):
         raise ConfigError(f"{sources.get('auth.keys', source)}: auth.keys: keys and names must be unique")
+    if "*" in config.cors.allowed_origins and config.cors.allow_credentials:
+        place = sources.get("cors.allow_credentials") or sources.get("cors.allowed_origins") or source
+        raise ConfigError(f"{place}: cors.allow_credentials: not with any origin ('*'): name the origins")
     if config.auth.mode == "none" and not is_loopback(config.server.host) and not config.server.allow_open:
         raise ConfigError(
             f"auth.mode none on {config.server.host} would let anyone in who reaches the port: "
@@ -289,42 +374,104 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: the name goes into logs; `key` is what was presented, for passthrough."""
+    """Who calls: the name goes into logs; `key` is what was presented, for passthrough.
+
+    `account` is whose requests are counted together, `rpm` and `models` what the configured key may do.
+    """
 
     name: str
     key: str | None = field(default=None, repr=False)
+    account: str = ""
+    rpm: int | None = None
+    models: Sequence[str] | None = None
+
+    def check_model(self, *names: str) -> None:
+        """Raise unless one of these names of the model that was asked for, alias or provider/model, is on the list."""
+        if self.models is not None and not any(fnmatch.fnmatchcase(n, one) for n in names for one in self.models):
+            raise providers.PermissionDeniedError(
+                f"this key may not use {names[0]}", param="model", code="model_not_allowed"
+            )
+
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@functools.lru_cache(4096)
+def ip_address(text: str) -> IPAddress | None:
+    """An address as sockets and proxies write it: some add a port."""
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+)(?::\d+)?|([0-9A-Fa-f:.]+)(?:%.*)?", text)
+    if not found:
+        return None
+    try:
+        address = ipaddress.ip_address(next(filter(None, found.groups())))
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(4096)
+def account_of(text: str) -> str:
+    """Of IPv6 the first 64 bits: whoever has one such address has them all (RFC 6177)."""
+    address = ip_address(text)
+    if address is None:
+        return "ip:unknown"
+    if isinstance(address, ipaddress.IPv6Address):
+        return f"ip:{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
+    return f"ip:{address}"
 
 
 class Callers:
     """Who may call. A key is looked up by its digest and compared in constant time; none is kept readable."""
 
-    def __init__(self, config: AuthSection, *, loopback: bool) -> None:
+    def __init__(self, config: AuthSection, *, loopback: bool, proxies: Sequence[IPNetwork] = ()) -> None:
         self.mode = config.mode
+        self.proxies = proxies
         self.made: str | None = None
         entries = list(config.keys)
         if self.mode == "api_key" and not entries:
             self.made = f"vai_sk_{secrets.token_urlsafe(32)}"
             entries = [KeyEntry(key=self.made, name="default")]
-        self._names = {hashlib.sha256(entry.key.encode()).digest(): entry.name for entry in entries}
+        self._known = {
+            hashlib.sha256(entry.key.encode()).digest(): Caller(
+                entry.name, account=f"key:{entry.name}", rpm=entry.rpm, models=entry.models
+            )
+            for entry in entries
+        }
         self._loopback_only = self.mode == "none" and loopback
+
+    def check_host(self, request: web.Request) -> None:
+        """An open gateway on loopback answers to this machine's names: a page whose name was rebound has another."""
+        host = request.headers.get("Host", "")
+        if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
+            raise providers.PermissionDeniedError("this gateway answers to this machine's own names only", code="host")
 
     def identify(self, request: web.Request) -> Caller:
         """The caller, or an error: there is no way past this but through it."""
         if self.mode == "none":
-            host = request.headers.get("Host", "")
-            if self._loopback_only and not is_loopback(re.sub(r":\d*$", "", host)):
-                raise providers.PermissionDeniedError(
-                    "this gateway answers to this machine's own names only", code="host"
-                )
-            return Caller("anyone")
+            return Caller("anyone", account=self.address(request))
         key = presented_key(request)
         if self.mode == "passthrough" and key:
-            return Caller("passthrough", key)
+            return Caller("passthrough", key, account=self.address(request))
         digest = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
-        name = next((name for known, name in self._names.items() if hmac.compare_digest(known, digest)), None)
-        if not key or name is None:  # one answer, whatever is wrong
+        caller = next((one for known, one in self._known.items() if hmac.compare_digest(known, digest)), None)
+        if not key or caller is None:  # one answer, whatever is wrong
             raise providers.AuthenticationError("no valid API key: send X-API-Key: KEY, or Authorization: Bearer KEY")
-        return Caller(name)
+        return caller
+
+    def address(self, request: web.Request) -> str:
+        """Where a request comes from, as an account: what trusted proxies have forwarded goes by its sender."""
+        peer = request.remote or ""
+        address = ip_address(peer) if self.proxies else None
+        if address:
+            hops = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
+            while hops and any(address in network for network in self.proxies):
+                hop = ip_address(hops.pop().strip()[:64])
+                if hop is None:
+                    break  # what is further left was not written by anyone we trust
+                address = hop
+            return account_of(str(address))
+        return account_of(peer)
 
 
 def presented_key(request: web.Request) -> providers.Secret | None:
@@ -341,11 +488,363 @@ def presented_key(request: web.Request) -> providers.Secret | None:
 def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageRequest) -> dict[str, providers.Secret]:
     """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider."""
     prefix, byok = "x-provider-key-", PROVIDERS[asked.provider].byok
-    given = ((name.lower(), providers.Secret(value)) for name, value in request.headers.items())
-    keys = vai.byok({name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)})
+    given = ((name.lower(), value) for name, value in request.headers.items())
+    keys = vai.byok({name.removeprefix(prefix): providers.Secret(v) for name, v in given if name.startswith(prefix)})
     if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
         keys |= vai.byok({byok[0]: caller.key})
     return keys
+
+
+# == Rate limits =======================================================================================================
+
+MINUTE = 60.0  # seconds
+FAILURES_RPM = 1000  # requests without a valid key, from one address
+MOST_ACCOUNTS = 1 << 16  # beyond these the one that was quiet for longest is forgotten
+
+Refusal = Literal["", "caller", "global", "failures"]
+REFUSALS = {"caller": "of one caller", "global": "of all callers together", "failures": "without a valid key"}
+
+
+class Verdict(NamedTuple):
+    """What became of a request: which limit refused it, if any, or else how its caller stands."""
+
+    refused: Refusal
+    limit: int  # requests a minute
+    remaining: int
+    reset: int  # whole seconds until more remain
+
+    def headers(self) -> dict[str, str]:
+        """As OpenAI names them; the reset is in seconds, and after a 429 it is what `Retry-After` says."""
+        return {
+            "X-RateLimit-Limit-Requests": str(self.limit),
+            "X-RateLimit-Remaining-Requests": str(self.remaining),
+            "X-RateLimit-Reset-Requests": str(self.reset),
+        }
+
+    def error(self) -> Error:
+        message = f"over {self.limit} requests a minute {REFUSALS[self.refused]}; more in {self.reset} s"
+        return providers.RateLimitError(message, code=f"{self.refused}_rpm", retry_after=self.reset)
+
+
+class Window:
+    """What was admitted in the last minute: of each second the moment of its last request, and how many there were.
+
+    A second's requests are forgotten together, a minute after the last of them: no 60 seconds, wherever they begin,
+    hold more than was admitted, and a window has 61 entries at most, whatever the limit.
+    """
+
+    __slots__ = ("marks", "total")
+
+    def __init__(self) -> None:
+        self.marks = array("d")  # moment, count, moment, count …
+        self.total = 0
+
+    def forget(self, now: float) -> None:
+        while self.marks and self.marks[0] + MINUTE <= now:
+            self.total -= int(self.marks[1])
+            del self.marks[:2]
+
+    def add(self, now: float) -> None:
+        if self.marks and int(self.marks[-2]) == int(now):
+            self.marks[-2] = now
+            self.marks[-1] += 1
+        else:
+            self.marks.extend((now, 1))
+        self.total += 1
+
+    def verdict(self, refused: Refusal, limit: int, now: float) -> Verdict:
+        wait = self.marks[0] + MINUTE - now if self.marks else 0
+        return Verdict(refused, limit, max(limit - self.total, 0), whole_seconds(wait))
+
+
+def whole_seconds(wait: float) -> int:
+    """What a client is told to wait: at least a second."""
+    return min(max(math.ceil(wait), 1), int(MINUTE))
+
+
+class Limiter:
+    """A window for each account and one for all. Time arrives with every call, from a clock that is never set back."""
+
+    def __init__(self, rpm: int = 1 << 62, *, most: int = MOST_ACCOUNTS) -> None:
+        self._rpm = rpm
+        self._all = Window()
+        self._windows: OrderedDict[str, Window] = OrderedDict()  # the quietest first
+        self._most = most
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def admit(self, account: str, rpm: int, now: float) -> Verdict:
+        """Count a request if both windows have room for it. What is refused counts for nothing."""
+        window = self._windows.get(account)
+        if window is None:
+            window = self._windows[account] = Window()
+            if len(self._windows) > self._most:
+                self._windows.popitem(last=False)
+        else:
+            self._windows.move_to_end(account)
+            window.forget(now)
+        self._all.forget(now)
+        if window.total >= rpm:
+            return window.verdict("caller", rpm, now)
+        if self._all.total >= self._rpm:
+            return self._all.verdict("global", self._rpm, now)
+        window.add(now)
+        self._all.add(now)
+        return window.verdict("", rpm, now)
+
+
+class RateLimits:
+    """The limits of a gateway: its own, or shared with others through Redis."""
+
+    def __init__(self, config: RateLimitSection, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._own = Limiter(config.global_rpm)
+        self._failures = Limiter()
+        shared = config.enabled and config.redis_url
+        self.shared = SharedLimiter(shared, config.global_rpm, clock) if shared else None
+
+    async def admit(self, caller: Caller) -> Verdict | None:
+        """Count a request. None where nothing counts: limits are off, or Redis does not answer."""
+        if not self._config.enabled:
+            return None
+        rpm = caller.rpm or self._config.caller_rpm
+        if self.shared:
+            return await self.shared.admit(caller.account, rpm)
+        return self._own.admit(caller.account, rpm, self._clock())
+
+    def fail(self, address: str) -> Verdict | None:
+        """Count a request without a valid key, by where it comes from: None if there may be more of them.
+
+        Whoever has a valid key is never held up by others who have none, behind one address with it.
+        """
+        if not self._config.enabled:
+            return None
+        verdict = self._failures.admit(address, min(FAILURES_RPM, self._config.caller_rpm), self._clock())
+        return verdict._replace(refused="failures") if verdict.refused else None
+
+
+# == Rate limits in Redis ==============================================================================================
+
+# The same windows: KEYS are one account's and everybody's, ARGV their limits. Redis' clock is the one that all share.
+SHARED_WINDOWS = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local windows, refused = {}, 0
+for i, key in ipairs(KEYS) do
+  local raw = redis.call('GET', key)
+  local marks, kept, total = raw and cmsgpack.unpack(raw) or {}, {}, 0
+  for j = 1, #marks, 2 do
+    if marks[j] + 60 > now and marks[j] <= now + 1 then  -- a later one is from before the clock was set back
+      kept[#kept + 1], kept[#kept + 2] = math.min(marks[j], now), marks[j + 1]
+      total = total + marks[j + 1]
+    end
+  end
+  windows[i] = {kept, total}
+  if total >= tonumber(ARGV[i]) and refused == 0 then refused = i end
+end
+if refused == 0 then
+  for i, key in ipairs(KEYS) do
+    local marks = windows[i][1]
+    if #marks > 0 and math.floor(marks[#marks - 1]) == math.floor(now) then
+      marks[#marks - 1], marks[#marks] = now, marks[#marks] + 1
+    else
+      marks[#marks + 1], marks[#marks + 2] = now, 1
+    end
+    windows[i][2] = windows[i][2] + 1
+    redis.call('SET', key, cmsgpack.pack(marks), 'PX', 60000)
+  end
+end
+local told = math.max(refused, 1)
+local first = windows[told][1][1] or now
+return {refused, windows[told][2], math.ceil((first + 60 - now) * 1000)}
+"""
+SHARED_REFUSALS: dict[int, Refusal] = {0: "", 1: "caller", 2: "global"}
+
+
+class SharedLimiter:
+    """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
+
+    One task has the connection. What is asked while a call is under way goes out together, as the next. A request
+    waits for the call under way and for its own, so for 50 ms at most; nobody waits while an answer is overdue.
+    """
+
+    TICK = 0.005  # seconds
+    PATIENCE = 5  # ticks for one call
+    BATCH = 256  # at most so many are asked at once
+    OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
+    PAUSE = 1.0  # seconds, from a failure to the next attempt
+    QUIET = 60.0  # seconds between two lines in the log
+
+    def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
+        try:
+            from redis import asyncio as library
+        except ImportError:
+            raise ConfigError("rate_limit.redis_url: redis is missing: pip install 'vai[redis]'") from None
+        try:
+            library.ConnectionPool.from_url(url)
+        except ValueError:
+            raise ConfigError("rate_limit.redis_url: must be redis://[:password@]host[:port][/db]") from None
+        self._library: Any = library
+        self._url = url
+        self._rpm = rpm
+        self._clock = clock
+        self._warned: float | None = None
+        self._wanted = asyncio.Event()
+        self._asked: list[Asked] = []
+        self._under_way: list[Asked] = []
+        self._task: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()  # to connect, with or without success
+        self.connected = asyncio.Event()
+        self.passed = 0  # requests that went uncounted
+
+    async def start(self, patience: float = 0.25) -> None:
+        """Try to connect; if that takes longer, it goes on while the first requests pass."""
+        self._task = asyncio.create_task(self._run())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._tried.wait(), patience)
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def admit(self, account: str, rpm: int) -> Verdict | None:
+        """As `Limiter.admit`; None where Redis does not answer."""
+        verdict = None
+        if self.connected.is_set():
+            asked = Asked(account, rpm, asyncio.get_running_loop().create_future())
+            self._asked.append(asked)
+            self._wanted.set()
+            verdict = await asked.answer
+        if verdict is None:
+            self.passed += 1
+        return verdict
+
+    async def _run(self) -> None:
+        while True:
+            client = self._library.Redis.from_url(  # protocol 2: older servers know no other
+                self._url, protocol=2, single_connection_client=True, retry=None, socket_connect_timeout=self.OVERDUE
+            )
+            try:
+                await self._talk(client)
+            except Exception as fault:  # whatever it is, no request may suffer from it
+                self._warn(fault)
+            finally:
+                self._tried.set()
+                self._let_pass()
+                with contextlib.suppress(Exception):
+                    await client.aclose()
+            await asyncio.sleep(self.PAUSE)
+
+    def _let_pass(self) -> None:
+        """Whoever waits, and whoever comes until the next `connected`."""
+        self.connected.clear()
+        for asked in self._under_way + self._asked:
+            asked.settle(None)
+        self._asked = []
+
+    async def _talk(self, client: Any) -> None:
+        async with asyncio.timeout(self.OVERDUE):
+            script = await client.script_load(SHARED_WINDOWS)
+        self.connected.set()
+        self._tried.set()
+        while True:
+            if not self._asked:
+                self._wanted.clear()
+                await self._wanted.wait()
+            self._under_way, self._asked = self._asked[: self.BATCH], self._asked[self.BATCH :]
+            calls = client.pipeline(transaction=False)
+            for asked in self._under_way:
+                keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
+                calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
+            answers = await self._answered(calls.execute())
+            for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
+                refused = SHARED_REFUSALS[code]
+                limit = self._rpm if refused == "global" else asked.rpm
+                asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
+
+    async def _answered(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+        """What Redis says. Ticks are longer where this process is too busy to read it: that is no fault of Redis."""
+        task = asyncio.ensure_future(call)
+        try:
+            for _ in range(self.PATIENCE):
+                await asyncio.wait({task}, timeout=self.TICK)
+                if task.done():
+                    return task.result()
+            self._let_pass()
+            await asyncio.wait({task}, timeout=self.OVERDUE)
+            if not task.done():
+                raise TimeoutError
+            self._warn(TimeoutError())
+            self.connected.set()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _warn(self, fault: Exception) -> None:
+        now = self._clock()
+        if self._warned is None or now - self._warned >= self.QUIET:
+            self._warned = now
+            logger.warning("Redis fails (%s): rate limits are not shared, requests pass", type(fault).__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """A question to Redis."""
+
+    account: str
+    rpm: int
+    answer: asyncio.Future[Verdict | None]
+
+    def settle(self, verdict: Verdict | None) -> None:
+        if not self.answer.done():  # its caller may have gone
+            self.answer.set_result(verdict)
+
+
+# == Web pages =========================================================================================================
+
+EXPOSED = (
+    *("X-Request-ID", "request-id", "X-Model", "X-Input-Tokens", "X-Output-Tokens", "X-Duration-Ms", "X-Vai-Dropped"),
+    *("Retry-After", *Verdict("", 0, 0, 0).headers()),
+)
+
+
+class CORS:
+    """Which web pages may read our answers: those of a configured origin, to the letter (Fetch standard, 3.2)."""
+
+    def __init__(self, config: CORSSection) -> None:
+        self._origins = frozenset(config.allowed_origins)
+        self._credentials = config.allow_credentials
+
+    def allows(self, origin: str | None) -> bool:
+        return origin is not None and ("*" in self._origins or origin in self._origins)
+
+    def headers(self, request: web.Request) -> dict[str, str]:
+        """Of any answer, errors included: a browser hides what lacks them."""
+        headers, origin = {"Vary": "Origin"}, request.headers.get("Origin")
+        if origin is not None and self.allows(origin):
+            headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
+            headers["Access-Control-Expose-Headers"] = ", ".join(EXPOSED)
+            if self._credentials:
+                headers["Access-Control-Allow-Credentials"] = "true"
+        return headers
+
+    def preflight(self, request: web.Request) -> web.Response | None:
+        """The answer to a browser that asks before it sends. Any header may be sent: what counts is the key."""
+        asked = request.headers.get("Access-Control-Request-Method")
+        origin = request.headers.get("Origin")
+        if not self._origins or request.method != "OPTIONS" or asked is None or origin is None:
+            return None
+        headers = {}
+        if self.allows(origin):
+            headers = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            if re.fullmatch(r"[A-Za-z0-9_, -]{1,4096}", wanted):
+                headers["Access-Control-Allow-Headers"] = wanted
+        return web.Response(status=204, headers=headers)
 
 
 # == Logs ==============================================================================================================
@@ -381,30 +880,103 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(JSONFormatter):
-    """The same for people."""
+    """The same for people; with `color` the status stands out on a terminal."""
+
+    def __init__(self, *, color: bool = False) -> None:
+        super().__init__()
+        self._color = color
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         line: JSON = json.loads(super().format(record))
         if record.name == access.name:
-            tokens = f" {line['input_tokens']}→{line['output_tokens']} tokens" if "output_tokens" in line else ""
-            model = f" {line['provider']}/{line['model']}" if line.get("model") else ""
-            path = json.dumps(line["path"])[1:-1]
-            why = f" {line.get('code') or line['error']}" if line.get("error") else ""
-            who = f" for {line['caller']}" if line.get("caller") else ""
-            what = f"{line['method']} {path}{model}{tokens}{why}{who}"
-            return f"{clock} {line['status']} {line['duration_ms']:>6} ms  {what}  {line.get('request_id', '')}"
+            return f"{clock}  {self._exchange(line)}"
         extra = "".join(f"\n    {place}" for place in line.get("stack", ()))
-        return f"{clock} {line['level'].upper()} {line['message']}{extra}"
+        return f"{clock}  {line['level'].upper()}  {line['message']}{extra}"
+
+    def _exchange(self, line: JSON) -> str:
+        """`200    1.2 s  POST /v1/messages  openai/gpt-4o  12 → 7 tokens  alice  req_…`"""
+        what = [f"{line['method']} {json.dumps(line['path'])[1:-1]}"]
+        if line.get("model"):
+            what.append(f"{line['provider']}/{line['model']}")
+        if line.get("fallbacks"):
+            what.append(f"after {', '.join(line['fallbacks'])}")
+        if "output_tokens" in line:
+            what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
+        what += [line.get("code") or line["error"]] if line.get("error") else []
+        what += [line["caller"]] if line.get("caller") else []
+        return "  ".join([self._status(line["status"]), _took(line["duration_ms"]), *what, line.get("request_id", "")])
+
+    def _status(self, status: int) -> str:
+        color = 32 if status < 400 else 33 if status < 500 else 31  # green, yellow, red
+        return f"\x1b[{color}m{status}\x1b[0m" if self._color else str(status)
 
 
-def configure_logs(config: LogSection) -> None:
-    """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out."""
+def _took(milliseconds: int) -> str:
+    return f"{milliseconds:>5} ms" if milliseconds < 1000 else f"{milliseconds / 1000:>5.1f} s "
+
+
+class LogWriter:
+    """A stream that never waits: a thread writes to the descriptor. What is not read in time is dropped and counted."""
+
+    def __init__(self, descriptor: int, most: int = 10_000) -> None:
+        self._descriptor = descriptor
+        self._most = most
+        self._lines: collections.deque[str] = collections.deque()
+        self._dropped = 0
+        self._more = threading.Event()
+        threading.Thread(target=self._run, name="vai-log", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        if len(self._lines) >= self._most:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if not self._more.is_set():
+            self._more.set()
+
+    def flush(self) -> None:
+        """Nothing: that would be waiting."""
+
+    def finish(self, seconds: float = 1) -> None:
+        """Wait a moment until all is written."""
+        until = time.monotonic() + seconds
+        while self._lines and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _run(self) -> None:
+        try:
+            while self._more.wait():
+                self._more.clear()
+                while lines := list(self._lines):
+                    data = "".join(lines).encode("utf-8", "replace")
+                    while data:
+                        data = data[os.write(self._descriptor, data) :]
+                    for _ in lines:
+                        self._lines.popleft()
+                if self._dropped:
+                    dropped, self._dropped = self._dropped, 0
+                    logger.warning("%d lines of the log were not read in time, and dropped", dropped)
+                time.sleep(0.01)  # lines come in bunches
+        except OSError:  # nobody will ever read it
+            self._most = 0
+            self._lines.clear()
+
+
+def configure_logs(config: LogSection, *, alone: bool = True) -> None:
+    """Logs go to stderr. aiohttp's own would repeat a malformed request with a traceback, so they stay out.
+
+    `alone` says that all log lines of this process are ours, so that records need hold no more than ours say.
+    """
     style = config.format or ("text" if sys.stderr.isatty() else "json")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
-    logging._srcfile = None  # nor the line of code (logging HOWTO, "Optimization")
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
+    writer = LogWriter(sys.stderr.fileno())
+    atexit.register(writer.finish)
+    handler = logging.StreamHandler(writer)
+    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter(color=color))
+    if alone:  # no line says thread, process or line of code (logging HOWTO, "Optimization")
+        logging._srcfile = None
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -425,22 +997,201 @@ class Exchange:
     usage: vai.Usage | None = None
     error: Error | None = None
     sent: int | None = None
+    status: int = 499  # what the log says of a caller that went away
+    first_token: float | None = None  # seconds from the beginning
+    attempts: Sequence[providers.Attempt] = ()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
 
     @property
     def milliseconds(self) -> int:
-        return int((time.monotonic() - self.begun) * 1000)
+        return int(self.seconds * 1000)
 
-    def fields(self, request: web.Request, status: int) -> JSON:
+    def settle(self) -> None:
+        """Whose answer or error the caller got, where an alias had several to ask."""
+        if len(self.attempts) > 1:
+            told = next((one for one in self.attempts if one.fault is self.error), self.attempts[-1])
+            self.provider, self.model = told.provider, told.model
+
+    def fields(self, request: web.BaseRequest) -> JSON:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
-        out |= {"status": status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
+        out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
             out |= {"input_tokens": self.usage.input_tokens, "output_tokens": self.usage.output_tokens}
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
+        if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
+            out["fallbacks"] = failed
         return {key: value for key, value in (out | {"bytes": self.sent}).items() if value is not None}
 
 
 EXCHANGE = web.RequestKey("exchange", Exchange)
+VERDICT = web.RequestKey("verdict", Verdict)
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
+# == Metrics ===========================================================================================================
+# Label values come from closed sets, whatever callers send: provider ids, this app's routes, its own statuses and error
+# types. What is none of these is `other`.
+
+OTHER = "other"
+DURATIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """What the gateway does, counted once a request. This one counts nothing; `missing` says why."""
+
+    def __init__(self, missing: str = "") -> None:
+        self.missing = missing
+        self.streaming: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+    def request(self, endpoint: str, exchange: Exchange) -> None:
+        """A request has been answered, or its caller has gone."""
+
+    def rate_limited(self, scope: Refusal) -> None:
+        """A request was refused by this limit of ours."""
+
+    def limits_unshared(self) -> None:
+        """A request passed without the limits that several processes share: their store does not answer."""
+
+    def text(self) -> bytes:
+        """Prometheus' text format 0.0.4. Raises `NotFoundError` where nothing is counted."""
+        raise providers.NotFoundError(self.missing, code="no_metrics")
+
+
+class _Children(dict[tuple[Any, ...], T]):
+    """The children of a metric by label values; each is looked up in the metric once."""
+
+    def __init__(self, labels: Callable[..., T]) -> None:
+        self._labels = labels
+
+    def __missing__(self, values: tuple[Any, ...]) -> T:
+        child = self[values] = self._labels(*values)
+        return child
+
+
+class PrometheusMetrics(Metrics):
+    """Counts with prometheus-client; raises `ImportError` without it.
+
+    With PROMETHEUS_MULTIPROC_DIR in the environment, an empty folder that several processes share, each of them shows
+    the sums over all: https://prometheus.github.io/client_python/multiprocess/
+    """
+
+    def __init__(self) -> None:
+        import prometheus_client as prometheus
+        from prometheus_client import multiprocess
+
+        super().__init__()
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the series, and nothing told
+        self._render = prometheus.generate_latest
+        self._folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        registry = self._registry = prometheus.CollectorRegistry()
+
+        def counter(name: str, help: str, *labels: str) -> _Children[prometheus.Counter]:
+            return _Children(prometheus.Counter(f"vai_{name}", help, labels, registry=registry).labels)
+
+        def histogram(name: str, help: str, bounds: Sequence[float], *labels: str) -> _Children[prometheus.Histogram]:
+            return _Children(
+                prometheus.Histogram(f"vai_{name}", help, labels, buckets=bounds, registry=registry).labels
+            )
+
+        self._requests = counter("requests", "Requests answered.", "provider", "endpoint", "status")
+        self._durations = histogram(
+            "request_duration_seconds", "From the request to the end of the answer.", DURATIONS, "provider", "endpoint"
+        )
+        self._first_tokens = histogram(
+            "time_to_first_token_seconds", "From a streaming request to its first delta.", FIRST_TOKENS, "provider"
+        )
+        self._tokens = counter("tokens", "Tokens, as providers bill them.", "provider", "direction")
+        self._errors = counter("errors", "Errors told to callers.", "provider", "type")
+        self._retries = counter("upstream_retries", "Requests repeated at one provider.", "provider", "reason")
+        self._fallbacks = counter(
+            "fallbacks", "Next models of an alias that were asked.", "provider", "next_provider", "reason"
+        )
+        self._limits = counter("rate_limit_hits", "Requests over a limit of the gateway's.", "scope")
+        self._unshared = prometheus.Counter(
+            "vai_rate_limits_unshared",
+            "Requests that passed while the store of the limits was down.",
+            registry=registry,
+        )
+        streams = prometheus.Gauge(
+            "vai_streams_in_progress", "Streams in progress.", registry=registry, multiprocess_mode="livesum"
+        )
+        self.streaming = streams.track_inprogress()
+        if self._folder:
+            self._registry = prometheus.CollectorRegistry()
+            multiprocess.MultiProcessCollector(self._registry, self._folder)  # type: ignore[no-untyped-call]
+        else:
+            prometheus.ProcessCollector(registry=registry)
+
+    def request(self, endpoint: str, exchange: Exchange) -> None:
+        provider = exchange.provider or OTHER
+        self._requests[provider, endpoint, exchange.status].inc()
+        self._durations[provider, endpoint].observe(exchange.seconds)
+        if exchange.first_token is not None:
+            self._first_tokens[provider,].observe(exchange.first_token)
+        if usage := exchange.usage:
+            for direction, tokens in (
+                ("input", usage.input_tokens),
+                ("output", usage.output_tokens),
+                ("cache_read", usage.cache_read_input_tokens),
+                ("cache_write", usage.cache_creation_input_tokens),
+            ):
+                if tokens > 0:  # a counter takes no less, whatever a provider says
+                    self._tokens[provider, direction].inc(tokens)
+        if exchange.error:
+            self._errors[provider, exchange.error.type].inc()
+        for number, attempt in enumerate(exchange.attempts):
+            for reason in attempt.repeats:
+                self._retries[attempt.provider, reason].inc()
+            if number:
+                failed = exchange.attempts[number - 1]
+                reason = failed.fault.type if failed.fault else OTHER
+                self._fallbacks[failed.provider, attempt.provider, reason].inc()
+
+    def rate_limited(self, scope: Refusal) -> None:
+        self._limits[scope,].inc()
+
+    def limits_unshared(self) -> None:
+        self._unshared.inc()
+
+    def text(self) -> bytes:
+        if self._folder and os.name == "posix":
+            self._forget_the_dead(self._folder)
+        return self._render(self._registry)
+
+    @staticmethod
+    def _forget_the_dead(folder: str) -> None:
+        """The streams of a process that was killed are in progress no more."""
+        from prometheus_client import multiprocess
+
+        for path in Path(folder).glob("gauge_live*_*.db"):
+            pid = int(path.stem.rpartition("_")[2])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
+            except PermissionError:
+                continue
+
+
+def make_metrics(config: MetricsSection) -> Metrics:
+    """What counts, as far as it is wanted and installed. Raises `ConfigError` for a shared folder that is none."""
+    if not config.enabled:
+        return Metrics("metrics are switched off here (metrics.enabled)")
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ConfigError("PROMETHEUS_MULTIPROC_DIR: must be a folder that can be written to")
+    try:
+        return PrometheusMetrics()
+    except ImportError:
+        return Metrics("metrics need prometheus-client: pip install 'vai[metrics]'")
 
 
 # == Errors and responses ==============================================================================================
@@ -496,27 +1247,29 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise InvalidRequestError(message, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise InvalidRequestError("compressed request bodies are not taken", code="unsupported_encoding")
-    too_large = providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
     if (request.content_length or 0) > limits.max_body_bytes:
-        raise too_large
+        raise too_large(limits)
     await _continue(request)
     part, parts, size = b"", [], 0
     if request.content.is_eof():  # it came with the head, as nearly always
         part = request.content.read_nowait()
         parts, size = [part], len(part)
         if size > limits.max_body_bytes:
-            raise too_large
+            raise too_large(limits)
     try:
-        async with contextlib.nullcontext() if parts else asyncio.timeout(seconds):
-            async for part in request.content.iter_any():
-                parts.append(part)
-                size += len(part)
-                if size > limits.max_body_bytes:
-                    raise too_large
+        if not parts:
+            async with asyncio.timeout(seconds):
+                async for part in request.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limits.max_body_bytes:
+                        raise too_large(limits)
     except TimeoutError:
         slow = InvalidRequestError("the body did not arrive in time", code="body_timeout")
         slow.status = 408
         raise slow from None
+    except web.RequestPayloadError:
+        raise InvalidRequestError("the body is malformed: its length or its chunks", code="malformed_body") from None
     raw = b"".join(parts)
     try:
         body = await off_loop(size, read_keys, raw, limits)
@@ -525,6 +1278,10 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
     finally:
         del parts, raw, part  # a traceback's locals would show the keys in it
     return body
+
+
+def too_large(limits: LimitsSection) -> Error:
+    return providers.RequestTooLargeError(f"the body is over {limits.max_body_bytes} bytes")
 
 
 async def off_loop(size: int, work: Callable[..., T], *given: Any) -> T:
@@ -560,15 +1317,22 @@ def _hidden(value: Any) -> Any:
     return providers.Secret(value) if isinstance(value, str) else value
 
 
+class _EventResponse(web.StreamResponse):
+    _send_headers_immediately = False  # they go out with the first events, in one write
+
+
 class EventWriter:
     """The SSE response to one request. It begins with the answer or with the first ping, whichever comes first."""
 
-    def __init__(self, request: web.Request, ping_interval: float, write_timeout: float) -> None:
+    def __init__(self, request: web.Request, ping_interval: float) -> None:
+        loop = asyncio.get_running_loop()
         self._request = request
         self._interval = ping_interval
-        self._timeout = write_timeout
+        self._clock = loop.time
         self._lock = asyncio.Lock()  # between the answer and the pings
-        self._last = time.monotonic()
+        self._timer = loop.call_later(ping_interval, self._keep_alive)
+        self._pinger: asyncio.Task[None] | None = None  # of a stream that has lasted that long
+        self._last = self._clock()
         self.response: web.StreamResponse | None = None
         self.headers: dict[str, str] = {}
         self.sent = 0
@@ -577,24 +1341,21 @@ class EventWriter:
         async with self._lock:
             if self.response is None:
                 headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self.headers}
-                response = web.StreamResponse(headers=headers)
+                response = _EventResponse(headers=headers)
                 response.content_type = "text/event-stream"
                 await response.prepare(self._request)
                 self.response = response
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await self.response.write(frames)
-            except TimeoutError:
-                if self._request.transport:
-                    self._request.transport.abort()
-                raise ConnectionResetError("the caller does not read") from None
+            await self.response.write(frames)
             self.sent += len(frames)
-            self._last = time.monotonic()
+            self._last = self._clock()
 
-    async def keep_alive(self) -> None:
+    def _keep_alive(self) -> None:
+        self._pinger = asyncio.create_task(self._ping())
+
+    async def _ping(self) -> None:
         """Pings, whenever nothing was written for a while."""
         while True:
-            silence = time.monotonic() - self._last
+            silence = self._clock() - self._last
             if silence < self._interval:
                 await asyncio.sleep(self._interval - silence)
             else:
@@ -608,8 +1369,160 @@ class EventWriter:
         if self.response is not None:
             await self.response.write_eof()
 
+    async def close(self) -> None:
+        """No more pings, and no watch over writes."""
+        self._timer.cancel()
+        if self._pinger:
+            self._pinger.cancel()
+            await asyncio.gather(self._pinger, return_exceptions=True)
+
+
+# == Connections =======================================================================================================
+
+
+SPARE_FILES = 64  # open files that are no connections
+KEEP_ALIVE = 75.0  # seconds that a connection may be idle between two requests
+LINGER = 2.0  # seconds for which a body that is refused is read and thrown away, so that its sender sees the answer
+
+
+def raise_file_limit() -> None:
+    """Take all the open files that this process may have; many systems start with 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # ImportError: Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many callers may be connected, so that each can have a connection to a provider."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 15
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 15 if soft == resource.RLIM_INFINITY else max((soft - SPARE_FILES) // 2, 16)
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, with what that lacks: deadlines for heads and for readers, envelopes for what is no HTTP.
+
+    Attributes that begin with `_` and are not in these slots are aiohttp's own.
+    """
+
+    __slots__ = ("_head_timer", "_link", "_most", "_read_timer", "_times")
+
+    def __init__(self, manager: web.Server, *, times: TimeoutsSection, most: int, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._times = times
+        self._most = most
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._link: asyncio.Transport | None = None  # also after a close, while there is something to write
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._link = self.transport
+        if self._manager and len(self._manager._connections) > self._most and self._link:
+            self._link.abort()
+            return
+        self._head_timer = self._loop.call_later(self._times.head, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        for timer in (self._head_timer, self._read_timer):
+            if timer:
+                timer.cancel()
+        self._link = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        if self._request_count > before:
+            if self._head_timer:
+                self._head_timer.cancel()
+                self._head_timer = None
+            if self._current_request and not self._current_request.content.is_eof():
+                # What came is no request but the parser's complaint of this one's body, whose reader it does not tell.
+                self._current_request.content.set_exception(web.RequestPayloadError())
+        elif data and self._head_timer is None and self._waiter and not self._waiter.done():  # a part of the next head
+            self._head_timer = self._loop.call_later(self._times.head, self.force_close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._read_timer:
+            self._read_timer.cancel()
+
+    def _watch_reader(self, before: int | None = None) -> None:
+        """Called when there is too much to write, and as long as there is: did the caller read any of it?"""
+        if self._link is None:
+            return
+        left = self._link.get_write_buffer_size()
+        if before is not None and left >= before:
+            self._link.abort()
+        else:
+            self._read_timer = self._loop.call_later(self._times.write, self._watch_reader, left)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        refused = status == 400
+        fault = InvalidRequestError("the request is malformed") if refused else error_of(exc or Exception(), "")
+        exchange = Exchange(new_request_id(), error=fault, status=fault.status)
+        token = request_id.set(exchange.id)
+        try:
+            response = error_response(fault)
+            access.info("request", extra={"fields": exchange.fields(request)})
+        finally:
+            request_id.reset(token)
+        response.headers.update({"Server": "vai", "X-Request-ID": exchange.id, "request-id": exchange.id})
+        response.force_close()
+        return response
+
+
+class Listener(web.Server):
+    """Makes a `Connection` of each connection."""
+
+    def __init__(self, made: web.Server, times: TimeoutsSection, **options: Any) -> None:
+        super().__init__(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
+        self._options = {"times": times, **options}
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._options)
+
 
 # == The endpoints =====================================================================================================
+
+
+class Configured(BaseModel):
+    """Whether the gateway has a key of its own for a provider."""
+
+    configured: bool
+
+
+class LiveState(BaseModel):
+    """Live sessions: how many there are, and how many there may be."""
+
+    active: int = 0
+    limit: int = 0
+
+
+class Health(BaseModel):
+    """What `GET /health` says; without secrets, and without asking a provider."""
+
+    status: Literal["healthy", "draining"]
+    version: str
+    providers: dict[str, Configured]
+    voice: dict[str, Configured] = {"cartesia": Configured(configured=False)}
+    live: LiveState = LiveState()
+    uptime_seconds: int
 
 
 class Gateway:
@@ -618,27 +1531,58 @@ class Gateway:
     def __init__(self, config: Config, engine: vai.Direct) -> None:
         self.config = config
         self.engine = engine
-        self.callers = Callers(config.auth, loopback=is_loopback(config.server.host))
+        proxies = config.server.trusted_proxies
+        self.callers = Callers(config.auth, loopback=is_loopback(config.server.host), proxies=proxies)
+        self.rates = RateLimits(config.rate_limit)
+        self.cors = CORS(config.cors)
+        self.metrics = make_metrics(config.metrics)
+        self.endpoints: frozenset[str] = frozenset()  # the paths of all routes
         self.started = time.monotonic()
+        self.retiring = False  # each connection gets one more answer
         self.draining = False
         self.expired = False  # the grace of the shutdown is over
         self.running: set[asyncio.Task[Any]] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self._openapi: bytes | None = None
+
+    async def admit(self, request: web.Request) -> Caller:
+        """Who calls, if they may and have not called too often."""
+        try:
+            caller = self.callers.identify(request)
+        except providers.AuthenticationError:
+            verdict = self.rates.fail(self.callers.address(request))
+            if verdict is None:
+                raise
+        else:
+            request[EXCHANGE].caller = caller.name
+            verdict = await self.rates.admit(caller)
+            if verdict is None and self.rates.shared:
+                self.metrics.limits_unshared()
+        if verdict:
+            request[VERDICT] = verdict
+            if verdict.refused:
+                self.metrics.rate_limited(verdict.refused)
+                raise verdict.error() from None
+        return caller
 
     # -- POST /v1/messages ------------------------------------------------------------------------------------------
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
-        caller = self.callers.identify(request)
+        caller = await self.admit(request)
         exchange = request[EXCHANGE]
-        exchange.caller = caller.name
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
         self._check_counts(body)
-        headers = {name: request.headers[name] for name in vai.FORWARDED_HEADERS if name in request.headers}
+        headers = {name: ",".join(request.headers.getall(name, ())) for name in vai.FORWARDED_HEADERS}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
-        exchange.provider, exchange.model = asked.provider, asked.model_name
+        exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
+        for route in (asked, *asked.fallbacks):
+            caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
         keys = provider_keys(request, caller, asked)
-        return await (self._stream if asked.stream else self._create)(request, asked, keys)
+        if not asked.stream:
+            return await self._create(request, asked, keys)
+        with self.metrics.streaming:
+            return await self._stream(request, asked, keys)
 
     def _check_counts(self, body: JSON) -> None:
         limits = self.config.limits
@@ -662,8 +1606,7 @@ class Gateway:
     async def _stream(
         self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
     ) -> web.StreamResponse:
-        out = EventWriter(request, self.config.sse.ping_interval, self.config.timeouts.write)
-        pinger = asyncio.create_task(out.keep_alive())
+        out = EventWriter(request, self.config.sse.ping_interval)
         try:
             await self._copy(request, asked, keys, out)
         except Exception as raised:
@@ -676,8 +1619,7 @@ class Gateway:
                 raise
             await out.fail(self._outlived())
         finally:
-            pinger.cancel()
-            await asyncio.gather(pinger, return_exceptions=True)
+            await out.close()
         await out.end()
         request[EXCHANGE].sent = out.sent
         assert out.response is not None  # noqa: S101  (the answer began, or an error was raised)
@@ -688,12 +1630,16 @@ class Gateway:
     ) -> None:
         """The hot path: events of one read of the provider's socket are one write to the caller's."""
         stream = await self.engine.open(asked, keys)
+        exchange = request[EXCHANGE]
         try:
             out.headers = {"X-Model": header_safe(stream.model), **dropped_header(stream.dropped)}
             async for events in stream:
+                if exchange.first_token is None and any(event.type == "content_block_delta" for event in events):
+                    exchange.first_token = exchange.seconds
                 await out.write(b"".join(map(sse_frame, events)))
-            request[EXCHANGE].usage = stream.usage
+            exchange.usage = stream.usage
             await out.end()
+            exchange.status, exchange.sent = 200, out.sent  # whole, even for a caller that goes now
             await stream.finish()
         finally:
             stream.close()
@@ -711,7 +1657,7 @@ class Gateway:
     # -- the rest ---------------------------------------------------------------------------------------------------
 
     async def models(self, request: web.Request) -> web.Response:
-        self.callers.identify(request)
+        await self.admit(request)
         provider, capability = request.query.get("provider"), request.query.get("capability")
         listed = await self.engine.models()
         rows = [row.model_dump() for row in listed.providers if provider in (None, row.id)]
@@ -721,13 +1667,24 @@ class Gateway:
         return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}} | none)
 
     async def health(self, request: web.Request) -> web.Response:
-        state: JSON = {
-            "status": "draining" if self.draining else "healthy",
-            "version": providers.__version__,
-            "providers": {id: {"configured": self.engine.available(id)} for id in PROVIDERS},
-            "uptime_seconds": int(time.monotonic() - self.started),
-        }
-        return json_response(state, status=503 if self.draining else 200)
+        state = Health(
+            status="draining" if self.draining else "healthy",
+            version=providers.__version__,
+            providers={id: Configured(configured=self.engine.available(id)) for id in PROVIDERS},
+            uptime_seconds=int(time.monotonic() - self.started),
+        )
+        return json_response(state.model_dump(), status=503 if self.draining else 200)
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        if self.config.metrics.require_key or self.callers.mode == "none":
+            await self.admit(request)
+        text = await asyncio.to_thread(self.metrics.text)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        if self._openapi is None:
+            self._openapi = await asyncio.to_thread(lambda: providers.dumps(openapi(self.config)))
+        return web.Response(body=self._openapi, content_type="application/json")
 
     # -- around every request ---------------------------------------------------------------------------------------
 
@@ -735,23 +1692,29 @@ class Gateway:
     async def observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, the log line, and any exception as an envelope."""
         given = request.headers.get("X-Request-ID", "")
-        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(12)}"
+        id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else new_request_id()
         token = request_id.set(id)
         exchange = request[EXCHANGE] = Exchange(id)
-        status = 499  # what the log says of a caller that went away
         try:
             response = await self._answered(request, handler)
-            status = response.status
+            exchange.status = response.status
+            if self.draining and not response.prepared:
+                response.force_close()
             if isinstance(response, web.Response):
                 exchange.sent = len(response.body) if isinstance(response.body, bytes) else 0
             return response
         finally:
-            access.info("request", extra={"fields": exchange.fields(request, status)})
+            exchange.settle()
+            self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
+            access.info("request", extra={"fields": exchange.fields(request)})
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         allowed = ""
         try:
+            self.callers.check_host(request)
+            if preflight := self.cors.preflight(request):
+                return preflight
             if self.draining and request.path.startswith("/v1/"):
                 raise self._shutdown_error()
             return await self._counted(request, handler)
@@ -769,7 +1732,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "draining" or fault.status in (408, 413):
+        if fault.code == "malformed_body" or fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -789,6 +1752,13 @@ class Gateway:
     async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every response; `request-id` is where Anthropic's SDKs look."""
         response.headers["Server"] = "vai"
+        if self.config.cors.allowed_origins:
+            response.headers.update(self.cors.headers(request))
+        if VERDICT in request:
+            response.headers.update(request[VERDICT].headers())
+        if self.retiring:
+            response.headers["Connection"] = "close"
+            response.force_close()
         if EXCHANGE in request:
             response.headers["X-Request-ID"] = response.headers["request-id"] = request[EXCHANGE].id
 
@@ -809,6 +1779,240 @@ class Gateway:
 def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
     names = ", ".join(dropped)
     return {"X-Vai-Dropped": header_safe(names, 1024)} if names else {}
+
+
+# == The OpenAPI document ==============================================================================================
+
+SCHEMAS = "#/components/schemas/"
+EXAMPLE = {"model": "anthropic/claude-sonnet-5-5", "messages": [{"role": "user", "content": "Hello!"}]}
+KEY_HEADERS = [vai.byok_header(provider) for provider in PROVIDERS]
+HEADERS = {
+    "X-Request-ID": "The caller's, or one of the gateway's own. Also as `request-id`.",
+    "X-Model": "The provider and the model that answered.",
+    "X-Input-Tokens": "Of `usage`.",
+    "X-Output-Tokens": "Of `usage`.",
+    "X-Duration-Ms": "How long the whole answer took.",
+    "X-RateLimit-Limit-Requests": "Requests a minute.",
+    "X-RateLimit-Remaining-Requests": "How many of them are left now.",
+    "X-RateLimit-Reset-Requests": "Whole seconds until more are.",
+    "X-Vai-Dropped": "Advisory fields of the request that the provider does not take.",
+    "Retry-After": "Whole seconds, where known.",
+    "WWW-Authenticate": "Bearer.",
+}
+RATE_HEADERS = tuple(name for name in HEADERS if name.startswith("X-RateLimit-"))
+ERROR_STATUSES = {  # status → when
+    400: "The request is wrong; `param` names the place. Or the provider refuses it.",
+    401: "No valid key for the gateway, no key for the provider, or the caller's own key was refused.",
+    403: "The key may not do this, or (auth.mode none) the Host header is not this machine's.",
+    404: "The provider does not know the model.",
+    408: "The body did not arrive in time.",
+    413: "The body is over a limit, of the gateway or of the provider.",
+    417: "The only expectation that is met is 100-continue.",
+    429: "Too many requests, or spent quota.",
+    500: "The gateway's own fault.",
+    502: "The provider failed, answered something unreadable, or refused the gateway's own key.",
+    503: "The provider has no capacity, or the gateway is shutting down.",
+    504: "The provider took too long.",
+}
+
+
+class _Schemas(GenerateJsonSchema):
+    """JSON Schemas as OpenAPI has them: unions whose members may overlap, and no titles made of field names."""
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        return {"anyOf": super().tagged_union_schema(schema)["oneOf"]}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def openapi(config: Config) -> JSON:
+    """The OpenAPI 3.1 document of the endpoints, with the limits of this configuration."""
+    closed = config.auth.mode != "none"
+    secured: JSON = {"security": [{"key": []}, {"bearer": []}]} if closed else {}
+    inputs = [_header(name, "A key of the caller's own for this provider.") for name in KEY_HEADERS]
+    inputs += [_header(name, "Passed on to Anthropic.") for name in vai.FORWARDED_HEADERS]
+    messages: JSON = {
+        "summary": "Ask a model",
+        "operationId": "createMessage",
+        "parameters": [*inputs, _header("X-Request-ID", "Letters, digits and `._-`, at most 64."), _query("beta")],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref("MessageRequest"), "example": EXAMPLE}},
+        },
+        "responses": {
+            "200": {
+                "description": "The answer; with `stream` as events, the last of which is `message_stop` or `error`.",
+                "headers": _headers("X-Request-ID", "X-Model", "X-Vai-Dropped", *RATE_HEADERS),
+                "content": {
+                    "application/json": {"schema": _ref("Message")},
+                    # OpenAPI 3.1 has no word for the schema of an event's data.
+                    "text/event-stream": {"x-event-schema": _ref("StreamEvent")},
+                },
+            },
+            **_refusals(*ERROR_STATUSES),
+        },
+    }
+    messages["responses"]["200"]["headers"] |= _headers("X-Input-Tokens", "X-Output-Tokens", "X-Duration-Ms")
+    models: JSON = {
+        "summary": "Providers, what they can do, and aliases",
+        "operationId": "listModels",
+        "parameters": [_query("provider"), _query("capability")],
+        "responses": {
+            "200": _answer("The list; no models, of which there is no catalogue.", _ref("Models"), *RATE_HEADERS)
+        }
+        | _refusals(401, 403, 429, 503),
+    }
+    health: JSON = {
+        "summary": "Whether the gateway takes requests",
+        "operationId": "getHealth",
+        "responses": {
+            "200": _answer("It does.", _ref("Health")),
+            "503": _answer("It is shutting down.", _ref("Health")),
+            **_refusals(),
+        },
+    }
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    shown = _headers("X-Request-ID", *RATE_HEADERS)
+    metrics: JSON = {
+        "summary": "Metrics for Prometheus",
+        "operationId": "getMetrics",
+        "responses": {
+            "200": {"description": "Text format 0.0.4.", "headers": shown, "content": text},
+            **_refusals(401, 403, 429),
+            "404": _refusal(404, "Metrics are off, or their library is not installed."),
+        },
+    }
+    document: JSON = {
+        "summary": "This document",
+        "operationId": "getOpenAPI",
+        "responses": {"200": _answer("OpenAPI 3.1.", {"type": "object"}), **_refusals()},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vai",
+            "version": providers.__version__,
+            "description": "Any model behind Anthropic's Messages API. A model is `provider/model`, or an alias.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": {
+            "/v1/messages": {"post": messages | secured},
+            "/v1/models": {"get": models | secured},
+            "/health": {"get": health},
+            "/metrics": {"get": metrics | (secured if config.metrics.require_key else {})},
+            "/openapi.json": {"get": document},
+        },
+        "components": {
+            "schemas": _schemas(config.limits),
+            "headers": {name: {"description": about, "schema": {"type": "string"}} for name, about in HEADERS.items()},
+            "securitySchemes": {
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer"},
+            },
+        },
+    }
+
+
+def _schemas(limits: LimitsSection) -> JSON:
+    """The schemas: of the models that check requests and make answers, and of what is no model."""
+    models = (providers.MessageRequest, providers.Message, vai.Models, Health)
+    _, made = models_json_schema(
+        [(model, "validation") for model in models], ref_template=SCHEMAS + "{model}", schema_generator=_Schemas
+    )
+    schemas: JSON = made["$defs"]
+    asked, message, listed = (schemas[name] for name in ("MessageRequest", "Message", "Models"))
+    asked["description"] = "Anthropic's request, and some fields of vai's own."
+    asked["properties"]["model"] |= {"maxLength": 256, "examples": ["anthropic/claude-sonnet-5-5", "openai/gpt-4o"]}
+    asked["properties"]["messages"]["maxItems"] = limits.max_messages
+    asked["properties"]["tools"]["maxItems"] = limits.max_tools
+    for name, schema in asked["properties"].items():
+        if name not in asked["required"] and {"type": "null"} not in schema.get("anyOf", ()):
+            asked["properties"][name] = {"anyOf": [schema, {"type": "null"}]}  # null is as good as nothing
+    message["description"] = "The answer."
+    message["required"] = sorted(message["properties"])
+    schemas["Usage"]["required"] = sorted(schemas["Usage"]["properties"])
+    schemas["ContentBlock"] = message["properties"]["content"]["items"]
+    message["properties"]["content"]["items"] = _ref("ContentBlock")
+    empty: JSON = {"description": "Where Anthropic has its catalogue of models.", "type": "array", "maxItems": 0}
+    listed["properties"] |= {"data": empty, "has_more": {"const": False}}
+    listed["required"] = sorted(listed["properties"])
+    schemas["Health"]["required"] = sorted(schemas["Health"]["properties"])
+    return schemas | _event_schemas() | {"Error": _error_schema()}
+
+
+def _error_schema() -> JSON:
+    text = {"type": "string"}
+    fields = {"message": text, "param": text, "code": text, "provider": {"enum": list(PROVIDERS)}, "request_id": text}
+    kinds = {"type": {"enum": list(providers.ERRORS)}, "retry_after": {"type": "integer", "minimum": 0}}
+    error = _object(fields | kinds | {"provider_error": {}}, "type", "message", "request_id")
+    error["additionalProperties"] = False
+    envelope = {"type": {"const": "error"}, "error": error, "request_id": text}
+    return {"description": "An error, as a body or as the last event of a stream.", **_object(envelope, *envelope)}
+
+
+def _event_schemas() -> JSON:
+    index = {"type": "integer", "minimum": 0}
+    stop = _object({name: {"type": ["string", "null"]} for name in ("stop_reason", "stop_sequence")}, "stop_reason")
+    events: dict[str, JSON] = {
+        "message_start": {"message": _ref("Message")},
+        "content_block_start": {"index": index, "content_block": _ref("ContentBlock")},
+        "content_block_delta": {"index": index, "delta": _ref("Delta")},
+        "content_block_stop": {"index": index},
+        "message_delta": {"delta": stop, "usage": _ref("Usage")},
+        "message_stop": {},
+        "ping": {},
+    }
+    deltas: list[JSON] = [{"type": "object", "required": ["type"], "description": "One that vai does not know."}]
+    for kind in (each for each in get_args(providers.Delta) if each is not providers.OtherDelta):
+        fields = TypeAdapter(kind).json_schema(schema_generator=_Schemas)["properties"]
+        deltas.insert(-1, _object({"type": {"const": kind.type}, **fields}, "type", *fields))
+    named = {
+        kind.title().replace("_", ""): _object({"type": {"const": kind}, **fields}, "type", *fields)
+        for kind, fields in events.items()
+    }
+    return {"Delta": {"anyOf": deltas}, **named, "StreamEvent": {"anyOf": [_ref(name) for name in (*named, "Error")]}}
+
+
+def _object(properties: JSON, *required: str) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def _ref(name: str) -> JSON:
+    return {"$ref": SCHEMAS + name}
+
+
+def _headers(*names: str) -> JSON:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _header(name: str, about: str) -> JSON:
+    return {"name": name, "in": "header", "description": about, "schema": {"type": "string"}}
+
+
+def _query(name: str) -> JSON:
+    return {"name": name, "in": "query", "schema": {"type": "string"}}
+
+
+def _answer(description: str, schema: JSON, *headers: str) -> JSON:
+    content = {"application/json": {"schema": schema}}
+    return {"description": description, "headers": _headers("X-Request-ID", *headers), "content": content}
+
+
+def _refusals(*statuses: int) -> JSON:
+    """The responses that are errors; `default` is for those that any route may have."""
+    return {str(status): _refusal(status, ERROR_STATUSES[status]) for status in statuses} | {
+        "default": _answer("Another error.", _ref("Error"), *RATE_HEADERS)
+    }
+
+
+def _refusal(status: int, description: str) -> JSON:
+    kind = next((cls.type for cls in providers.ERRORS.values() if cls.status == status), "invalid_request_error")
+    told = {"properties": {"error": {"properties": {"type": {"const": kind}}}}}
+    answer = _answer(description, {"allOf": [_ref("Error"), told]}, *RATE_HEADERS)
+    answer["headers"] |= _headers("Retry-After", *(["WWW-Authenticate"] if status == 401 else []))
+    return answer
 
 
 # == The app ===========================================================================================================
@@ -842,13 +2046,81 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
     app.router.add_get("/v1/models", gateway.models)
     app.router.add_get("/health", gateway.health)
+    app.router.add_get("/metrics", gateway.show_metrics)
+    app.router.add_get("/openapi.json", gateway.openapi)
+    gateway.endpoints = frozenset(resource.canonical for resource in app.router.resources())
     app.on_response_prepare.append(gateway.mark)
 
+    async def startup(app: web.Application) -> None:
+        if gateway.rates.shared:
+            await gateway.rates.shared.start()
+
     async def cleanup(app: web.Application) -> None:
+        if gateway.rates.shared:
+            await gateway.rates.shared.close()
         await engine.close()
 
+    app.on_startup.append(startup)
     app.on_cleanup.append(cleanup)
     return app
+
+
+class Runner(web.AppRunner):
+    """Runs the app on connections of ours."""
+
+    async def _make_server(self) -> web.Server:
+        times = self.app[GATEWAY].config.timeouts
+        made = await super()._make_server()
+        more: JSON = {"access_log": None, "keepalive_timeout": KEEP_ALIVE, "lingering_time": LINGER}
+        return Listener(made, times, most=most_connections(), **more)
+
+
+HANDOVER = 0.5  # seconds that a worker still serves the connections it has, so that a request on its way is not lost
+
+
+class Worker(Runner):
+    """Runs the app under gunicorn, which takes a runner for an app: what runs gets its grace before the end."""
+
+    async def cleanup(self) -> None:
+        gateway = self.app[GATEWAY]
+        for site in list(self.sites):  # new connections are for the other workers
+            await site.stop()
+        gateway.retiring = True
+        await asyncio.sleep(HANDOVER)
+        if self.server:
+            self.server.pre_shutdown()
+        await gateway.drain(gateway.config.timeouts.drain)
+        await super().cleanup()
+
+
+async def app() -> Worker:
+    """The app in a worker process: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker`.
+
+    Settings come from the environment and `vai.toml`; address and number of processes are gunicorn's. A configuration
+    that cannot work stops gunicorn with one line.
+    """
+    try:
+        config = load_config({}, os.environ)
+        _check_worker_config(config)
+        engine = make_engine(config, os.environ)
+        runner = Worker(make_app(config, engine), shutdown_timeout=1)
+    except (ConfigError, InvalidRequestError) as fault:
+        _fail(str(fault), code=3)  # gunicorn's WORKER_BOOT_ERROR: do not try again
+    configure_logs(config.log, alone=False)
+    warm_up(engine)
+    gateway = runner.app[GATEWAY]
+    if not gateway.metrics.missing and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        logger.warning("/metrics is of this process alone: set PROMETHEUS_MULTIPROC_DIR to an empty folder")
+    logger.info("ready: %s", "; ".join(f"{name} {what}" for name, what in described(gateway)))
+    return runner
+
+
+def _check_worker_config(config: Config) -> None:
+    """What holds for several processes, of which none knows the address."""
+    if config.auth.mode == "api_key" and not config.auth.keys:
+        raise ConfigError("auth.keys: several processes need a key that is configured: set VAI_API_KEYS")
+    if config.auth.mode == "none" and not config.server.allow_open:
+        raise ConfigError("auth.mode none needs server.allow_open here: gunicorn's address is not known to vai")
 
 
 # == Main ==============================================================================================================
@@ -866,11 +2138,11 @@ def warm_up(engine: vai.Direct) -> None:
 
 async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[[str, Gateway], None]) -> None:
     """Run until a signal; then no new work, a grace for what runs, and the end. A second signal ends at once."""
+    raise_file_limit()
     engine = make_engine(config, environ)
     warm_up(engine)
-    app = make_app(config, engine)
-    gateway = app[GATEWAY]
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1, keepalive_timeout=75)
+    runner = Runner(make_app(config, engine), shutdown_timeout=1)
+    gateway = runner.app[GATEWAY]
     await runner.setup()
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -884,42 +2156,111 @@ async def serve(config: Config, environ: Mapping[str, str], *, banner: Callable[
             loop.add_signal_handler(name, stop)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a closed terminal is no reason to go
     try:
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
+        assert runner.server is not None  # noqa: S101  (it was set up)
         try:
-            await site.start()
+            door = await loop.create_server(runner.server, config.server.host, config.server.port, backlog=1024)
         except OSError as fault:
             reason = os.strerror(fault.errno) if fault.errno else str(fault)
             raise ConfigError(f"cannot listen on {config.server.host}:{config.server.port}: {reason}") from None
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        banner(f"http://{host}:{runner.addresses[0][1]}", gateway)
+        banner(f"http://{host}:{door.sockets[0].getsockname()[1]}", gateway)
         await stopped.wait()
         logger.info("shutting down; %d requests in progress", len(gateway.running))
         await gateway.drain(config.timeouts.drain)
+        await shut(door, runner.server)
     finally:
         await runner.cleanup()
 
 
+async def shut(door: asyncio.Server, server: web.Server) -> None:
+    """Stop listening. Whoever has come in by then is still answered: closing a socket resets those who wait at it."""
+    doors = [socket.fromfd(one.fileno(), one.family, one.type) for one in door.sockets]
+    await asyncio.sleep(0.001)  # a timer's turn comes after that of connections just accepted, which `close` would drop
+    door.close()
+    waiting: list[socket.socket] = []
+    for last in doors:
+        last.setblocking(False)
+        with last, contextlib.suppress(BlockingIOError):  # nobody is there any more
+            while True:
+                waiting.append(last.accept()[0])
+    for connection in waiting:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(server, connection)
+    for _ in range(20):  # 0.2 s for what is on its way over connections that were kept alive
+        if server.connections:
+            await asyncio.sleep(0.01)
+
+
+def described(gateway: Gateway) -> list[tuple[str, str]]:
+    """What is on, as pairs of a word and what there is to say of it."""
+    config, callers = gateway.config, gateway.callers
+    ready = [id for id in PROVIDERS if gateway.engine.available(id)]
+    names = ", ".join(entry.name for entry in config.auth.keys)
+    match callers.mode:
+        case "api_key":
+            auth = f"api_key; keys of {names}" if names else "api_key"
+        case "passthrough":
+            auth = "passthrough; the callers' own provider keys, none of this gateway's"
+        case _:
+            auth = "none; " + ("anyone on this machine" if is_loopback(config.server.host) else "anyone")
+    lines = [("auth", auth)]
+    if callers.mode != "passthrough":
+        lacking = ", ".join(id for id in PROVIDERS if id not in ready)
+        also = f" (no key for {lacking})" if ready and lacking else ""
+        none = "none has a key: bring one with each request, or set OPENAI_API_KEY …"
+        lines.append(("providers", f"{', '.join(ready)}{also}" if ready else none))
+    for name, models in config.aliases.items():
+        lines.append(("alias", f"{name} = {models if isinstance(models, str) else ', then '.join(models)}"))
+    limits, times = config.limits, config.timeouts
+    sizes = f"body {limits.max_body_bytes / (1 << 20):g} MiB, {limits.max_messages} messages, {limits.max_tools} tools"
+    lines.append(("rates", say_limits(config.rate_limit)))
+    if config.cors.allowed_origins:
+        lines.append(("web pages", ", ".join(config.cors.allowed_origins)))
+    lines.append(("limits", f"{sizes}; {times.first_byte:g} s to the first byte, {times.total:g} s in all"))
+    lines.append(("metrics", gateway.metrics.missing or f"/metrics{', with a key' * config.metrics.require_key}"))
+    return lines
+
+
+def warnings_of(gateway: Gateway) -> list[str]:
+    """What an operator should know before the first request."""
+    config = gateway.config
+    found = []
+    if not is_loopback(config.server.host):
+        found.append("other machines reach this port, without TLS: put a proxy with TLS in front")
+        if config.auth.mode == "none":
+            found.append("auth.mode none: anyone who reaches the port spends your money")
+        if not gateway.metrics.missing and not config.metrics.require_key:
+            found.append("/metrics is open to them too: metrics.require_key closes it")
+    return found
+
+
 def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
     """What is on, and what to type next."""
-    config, engine = gateway.config, gateway.engine
-    ready = [id for id in PROVIDERS if engine.available(id)]
-    lines = [f"vai {providers.__version__} listens on {url}", f"  auth       {config.auth.mode}"]
-    if gateway.callers.made:
-        lines.append(f"  key        {gateway.callers.made}   (made for this run; set VAI_API_KEYS to keep one)")
-    lines.append(
-        f"  providers  {', '.join(ready) or 'none has a key: bring one with each request, or set OPENAI_API_KEY …'}"
-    )
+    config, made = gateway.config, gateway.callers.made
+    pairs = described(gateway)
+    if made:
+        pairs.insert(1, ("key", f"{made}   (made for this run; set VAI_API_KEYS to keep one)"))
     if sandbox:
-        lines.append("  sandbox    every provider is played on this machine; no key, no network, no bill")
-    if config.aliases:
-        lines.append(f"  aliases    {', '.join(config.aliases)}")
-    if config.auth.mode != "passthrough":
-        key = gateway.callers.made or "YOUR_KEY"
-        auth = f"-H 'x-api-key: {key}' " if config.auth.mode == "api_key" else ""
-        model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
-        lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
-    print("\n".join(lines), flush=True)
+        pairs.append(("sandbox", "every provider is played on this machine; no key, no network, no bill"))
+    pairs += [("warning", text) for text in warnings_of(gateway)]
+    lines = [f"vai {providers.__version__} listens on {url}", *(f"  {name:10} {what}" for name, what in pairs)]
+    ready = [id for id in PROVIDERS if gateway.engine.available(id)]
+    model = "anthropic/claude-sonnet-5-5" if "anthropic" in ready or not ready else f"{ready[0]}/MODEL"
+    key = {"api_key": made or "YOUR_KEY", "passthrough": "YOUR_KEY_AT_ANTHROPIC", "none": ""}[config.auth.mode]
+    auth = f"-H 'x-api-key: {key}' " if key else ""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    lines.append(f"\nTry it:\n  curl {url}/v1/messages {auth}-H 'content-type: application/json' -d '{body}'")
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:  # nobody reads it; the flush at the end is not to fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_limits(config: RateLimitSection) -> str:
+    if not config.enabled:
+        return "none"
+    shared = ", shared through Redis" if config.redis_url else ""
+    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{shared}"
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:
@@ -942,11 +2283,12 @@ async def _sandbox() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit code 0 after a shutdown, 2 for a configuration that cannot work."""
+    open_streams()
     options = arguments(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config(vars(options), os.environ)
         if options.check_config:
-            make_engine(config, os.environ)
+            make_app(config, make_engine(config, os.environ))
             print("the configuration is good")
             return
         configure_logs(config.log)
@@ -958,6 +2300,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
 
+def open_streams() -> None:
+    """Without its standard streams, a process would have sockets by their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def _loop_factory() -> Any:
     try:
         import uvloop
@@ -966,9 +2319,9 @@ def _loop_factory() -> Any:
     return uvloop.new_event_loop
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"vai: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

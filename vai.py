@@ -705,10 +705,13 @@ class ProviderInfo(BaseModel):
 
 
 class Models(BaseModel):
-    """What can be asked: providers with their capabilities, and aliases. There is no catalogue of models."""
+    """What can be asked: providers with their capabilities, and aliases. There is no catalogue of models.
+
+    An alias stands for a model, or for several that are tried one after the other.
+    """
 
     providers: list[ProviderInfo]
-    aliases: dict[str, str] = {}
+    aliases: dict[str, str | list[str]] = {}
     voice: dict[str, list[str]] = {}
 
 
@@ -732,10 +735,11 @@ class EventStream:
         self._credential = credential
         self._upstream = upstream
         self._decoder = decoder
-        self._sse = SSEDecoder()
+        self._sse = SSEDecoder(provider=decoder.provider)
         self._head = b""  # of a body in which there was no event yet: it may be an error in JSON
         self._ready: list[StreamEvent] = []
         self._fault: Error | None = None
+        self._until = 0.0  # when what may follow a whole answer has had its time
 
     async def start(self) -> EventStream:
         """Wait for the first events, so that an answer that is an error from the start is raised here."""
@@ -773,9 +777,13 @@ class EventStream:
         return []
 
     async def _read(self, events: list[StreamEvent]) -> None:
-        decoder = self._decoder
+        decoder, patience = self._decoder, None
+        if decoder.ending:
+            now = asyncio.get_running_loop().time()
+            self._until = self._until or now + 1.0
+            patience = self._until - now
         try:
-            data = await self._upstream.chunk(1.0 if decoder.ending else None)
+            data = await self._upstream.chunk(patience) if patience is None or patience > 0 else b""
         except Error as fault:
             if not decoder.ending:
                 raise _cut(fault, "connection_broken") from None
@@ -945,6 +953,7 @@ class Direct:
     """Asks the providers themselves.
 
     `provider_keys` by provider id (or its BYOK name); what is missing comes from `environ`, as do base URLs.
+    An alias of several models is a fallback order: the next is asked where one could not answer (`Error.passes_on`).
     `own_keys` says that a refused key is the caller's to mend: true for a script, false for a gateway's own keys.
     `keyless` has no keys at all but those that come with a request.
     """
@@ -954,7 +963,7 @@ class Direct:
         *,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         environ: Mapping[str, str] | None = None,
         timeouts: Timeouts | None = None,
         max_tokens: int = 4096,
@@ -973,6 +982,8 @@ class Direct:
 
         self._configured = configured
         self.aliases = dict(aliases or {})
+        for name, models in self.aliases.items():
+            providers.alias_models(name, models)
         self.max_tokens = max_tokens
         self.own_keys = own_keys
         self.keys: dict[str, Secret] = {}
@@ -1000,10 +1011,10 @@ class Direct:
 
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
         if not request.voice:
-            return await self._create(request, keys)
+            return await self._first_of(request, keys or {}, self._create)
         speaker, heard = await self._voiced(request, keys)
         try:
-            message = await self._create(request, keys)
+            message = await self._first_of(request, keys or {}, self._create)
             return await _spoken(message, speaker, heard)
         finally:
             if speaker:
@@ -1011,16 +1022,41 @@ class Direct:
 
     async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
         if not request.voice:
-            return await self._open(request, keys)
+            return await self._first_of(request, keys or {}, self._open)
         speaker, heard = await self._voiced(request, keys)
-        stream = await self._open(request, keys)
+        stream = await self._first_of(request, keys or {}, self._open)
         if heard:
             stream._ready.insert(0, TranscriptDelta(heard))
         return SpokenStream(stream, speaker) if speaker else stream
 
-    async def _create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
+    async def _first_of(
+        self,
+        request: MessageRequest,
+        keys: Mapping[str, str],
+        ask: Callable[[MessageRequest, Mapping[str, str], float], Awaitable[T]],
+    ) -> T:
+        """Ask the model, or those of its alias one after the other until one answers; all within one `total`.
+
+        When none does, the error is the first one's that was asked.
+        """
+        deadline = asyncio.get_running_loop().time() + self.transport.timeouts.total
+        failed: list[Error] = []
+        for route in (request, *request.fallbacks):
+            attempt = providers.Attempt(route.provider, route.model_name)
+            request.attempts.append(attempt)
+            try:
+                return await ask(route, keys, deadline)
+            except Error as fault:
+                attempt.fault = fault
+                failed.append(fault)
+                if not request.fallbacks or not fault.passes_on:
+                    raise
+        sent = (fault for fault in failed if fault.code not in providers.UNSENT_CODES)
+        raise next(sent, failed[0]) from None
+
+    async def _create(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> Message:
         adapter = PROVIDERS[request.provider]
-        upstream, credential = await self._send(adapter, request, keys or {})
+        upstream, credential = await self._send(adapter, request, keys, deadline)
         raw = b""
         try:
             with _begun(adapter.id):
@@ -1034,9 +1070,9 @@ class Direct:
         message._dropped = list(request.dropped)
         return message
 
-    async def _open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
+    async def _open(self, request: MessageRequest, keys: Mapping[str, str], deadline: float) -> EventStream:
         adapter = PROVIDERS[request.provider]
-        upstream, credential = await self._send(adapter, request, keys or {})
+        upstream, credential = await self._send(adapter, request, keys, deadline)
         stream = EventStream(upstream, adapter.decoder(request), request.dropped, credential=credential)
         return await stream.start()
 
@@ -1048,11 +1084,12 @@ class Direct:
                 available=self.available(adapter.id),
                 capabilities=dict.fromkeys(adapter.capabilities, True),
                 native_tools=list(adapter.native_tools),
-                auth={"header": f"X-Provider-Key-{_HEADER_NAMES.get(adapter.id, adapter.id.title())}"},
+                auth={"header": byok_header(adapter.id)},
             )
             for adapter in PROVIDERS.values()
         ]
-        return Models(providers=listed, aliases=self.aliases, voice=_speech_models())
+        aliases = {name: given if isinstance(given, str) else list(given) for name, given in self.aliases.items()}
+        return Models(providers=listed, aliases=aliases, voice=_speech_models())
 
     def available(self, provider: str) -> bool:
         """Whether there is a key for the provider."""
@@ -1080,7 +1117,11 @@ class Direct:
         """What will speak the answer, and what the user was heard to say, which stands in the request from here on."""
         settings, brought = self.read_voice(request), (byok(keys or {}), byok(request.provider_keys))
         speaker = self.speech.speaker(settings.output, *brought) if settings.output else None
-        heard = await self.speech.hearing(settings.input, *brought).transcribe([request]) if settings.input else None
+        heard = (
+            await self.speech.hearing(settings.input, *brought).transcribe([request, *request.fallbacks])
+            if settings.input
+            else None
+        )
         return speaker, heard
 
     def parse_audio(self, body: JSON) -> voice.TranscriptionRequest | voice.SynthesisRequest:
@@ -1120,7 +1161,7 @@ class Direct:
         raise AuthenticationError(message, provider=adapter.id, code="no_provider_key")
 
     async def _send(
-        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str]
+        self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], deadline: float
     ) -> tuple[Upstream, Credential]:
         """The provider's 200, and whose key got it.
 
@@ -1128,18 +1169,23 @@ class Direct:
         """
         refused: str | None = None
         mended = False
+        repeats = request.attempts[-1].repeats
         for _ in range(3):
             credential = await self.credential(adapter, request, keys, refused)
             sent = adapter.encode(request, credential, self.base_urls[adapter.id], self.max_tokens)
-            upstream = await self.transport.send(sent, adapter.id)
+            upstream = await self.transport.send(
+                sent, adapter.id, deadline=deadline, again=lambda: repeats.append("connection")
+            )
             if upstream.status == 200:
                 return upstream, credential
             fault = await self._fault(upstream, adapter, credential)
             if upstream.status == 401 and credential.renewable and refused is None:
                 refused = credential.key
+                repeats.append("token")
             elif (name := adapter.refused_field(fault, request, sent)) and not mended:
                 mended = True
                 request.drop(name)
+                repeats.append("field")
             else:
                 raise fault
         raise fault
@@ -1196,6 +1242,11 @@ def _http_url(name: str, url: str) -> str:
 _HEADER_NAMES = {"openai": "OpenAI", "oai-resp": "OAI-Resp", "gemini-oauth": "Gemini-OAuth"}
 FORWARDED_HEADERS = ("anthropic-version", "anthropic-beta")
 BYOK_NAMES = {name for adapter in PROVIDERS.values() for name in adapter.byok} | {"cartesia"}
+
+
+def byok_header(provider: str) -> str:
+    """The header in which a caller brings a key for this provider."""
+    return f"X-Provider-Key-{_HEADER_NAMES.get(provider, provider.title())}"
 
 
 def _key_name(name: str) -> str:
@@ -1596,7 +1647,7 @@ class AsyncClient:
         api_key: str | None = None,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
         engine: Engine | None = None,
@@ -2967,7 +3018,7 @@ class Client:
         api_key: str | None = None,
         provider_keys: Mapping[str, str] | None = None,
         base_urls: Mapping[str, str] | None = None,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
         timeout: float | Timeouts = 600,
         max_retries: int = 2,
         engine: Engine | None = None,
@@ -3310,8 +3361,8 @@ def _models_command(argv: Sequence[str]) -> None:
     for row in listed.providers:
         able = ", ".join([*row.capabilities, *row.native_tools])
         print(f"{row.id:13} {'ready ' if row.available else 'no key'}  {able}")
-    for name, model in listed.aliases.items():
-        print(f"{name:13} alias   {model}")
+    for name, models in listed.aliases.items():
+        print(f"{name:13} alias   {models if isinstance(models, str) else ', then '.join(models)}")
 
 
 def _environment_client() -> Client:

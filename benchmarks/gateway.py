@@ -1,23 +1,25 @@
-"""What the gateway costs, beside a forwarder that only copies bytes.
+"""What the gateway costs, beside a forwarder that only copies bytes and the least that translates.
 
-    python benchmarks/gateway.py [--quick] [--json FILE]
+    python benchmarks/gateway.py [--quick] [--json FILE] [--litellm venv/bin/litellm]
 
-One run, on loopback, measures four things by turns: the real gateway (`server.py`, no auth, its access log to
-/dev/null) on its routes anthropic→anthropic and anthropic→openai, and a bare aiohttp forwarder that posts each body on
-and copies the answer back, on the same two upstreams. The upstream is canned: answers serialised beforehand, sent by
-a raw protocol. The load comes from raw protocols too, closed loop: each connection sends again once it has its answer.
+One run, on loopback, measures by turns: the real gateway (`server.py`, no auth, its access log to /dev/null) on its
+routes anthropic→anthropic and anthropic→openai; a bare aiohttp forwarder that posts each body on and copies the answer
+back, on the same two upstreams; and a bare aiohttp translator of text, anthropic→openai. LiteLLM too, if the command is
+given (`pip install 'litellm[proxy]'` in an environment of its own). The upstream is canned: answers serialised
+beforehand, sent by a raw protocol. The load comes from raw protocols too, closed loop: each connection sends again once
+it has its answer.
 
     non-streaming            one answer of about 1.3 kB
     streaming, at once       200 text deltas in one write, as fast as possible: what a busy gateway can do
     streaming, one by one    one event per write, paced so that each is read by itself: what live tokens cost
 
 How to read the tables: `CPU µs` is the processor time of the process under test (user and system, of all its threads)
-per request or per text delta, everything around it included; of all columns it is the steadiest, and `× CPU` is its
-ratio to the forwarder's on the same upstream in the same run. `busy` is how much of its core the process used: near
-100 % the rate is the most it can do, and the latency is that of a full queue; one by one, the rate is the upstream's.
-`first` is the time to the first event. The process under test has one core, everything else shares the other one.
-Targets take turns, and of each one's rounds (3; 2 if quick) the one with the least CPU is shown: what else runs on the
-machine can only add to it.
+per request or per text delta, everything around it included; of all columns it is the steadiest, and `× forwarder`,
+`× translator` are its ratios to theirs on the same upstream in the same run. `busy` is how much of its core the process
+used: near 100 % the rate is the most it can do, and the latency is that of a full queue; one by one, the rate is the
+upstream's. `first` is the time to the first event. The process under test has one core, everything else shares the
+other one. Targets take turns, and of each one's rounds (3; 2 if quick) the one with the least CPU is shown: what else
+runs on the machine can only add to it.
 
 Nothing here passes or fails by a time. The exit code is 1 only if something could not run or answered wrongly.
 """
@@ -31,16 +33,16 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 DELTAS = 200
 DRIPS_PER_TICK = 4  # events per millisecond over all connections; far below what one core can do
@@ -196,7 +198,7 @@ class Upstream(asyncio.Protocol):
             self._transport.write(SSE_HEAD + b"".join(chunks))
 
 
-async def serve_upstream() -> None:
+async def serve_upstream(_: str) -> None:
     def whole(body: bytes) -> bytes:
         return JSON_HEAD % len(body) + body
 
@@ -241,11 +243,153 @@ async def serve_forwarder(upstream: str) -> None:
 
     app = web.Application()
     app.router.add_post("/{path:.*}", forward)
+    await serve_app(app)
+
+
+async def serve_app(app: Any) -> None:
+    from aiohttp import web
+
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     say(f"listens on http://127.0.0.1:{runner.addresses[0][1]}")
     await asyncio.Event().wait()
+
+
+# == The translator ====================================================================================================
+# The least that translates: text only, Anthropic's messages in, OpenAI's chat out. It checks nothing, promises nothing,
+# has neither errors nor timeouts, logs or tools: what a gateway costs beyond it is the price of all that.
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+
+
+def chat_request(asked: dict[str, Any]) -> bytes:
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in asked["messages"]]
+    if "system" in asked:
+        turns.insert(0, {"role": "system", "content": asked["system"]})
+    body = {"model": asked["model"], "messages": turns, "max_completion_tokens": asked["max_tokens"]}
+    if asked.get("stream"):
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return packed(body)
+
+
+def message_answer(answer: dict[str, Any]) -> bytes:
+    choice, used = answer["choices"][0], answer["usage"]
+    return packed({"id": answer["id"], "type": "message", "role": "assistant", "model": answer["model"],
+                   "content": [{"type": "text", "text": choice["message"]["content"]}],
+                   "stop_reason": STOP_REASONS[choice["finish_reason"]], "stop_sequence": None,
+                   "usage": {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]},
+                   })  # fmt: skip
+
+
+def message_event(body: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), packed(body))
+
+
+class ChatStream:
+    """Chat completion chunks in, as they are read; Anthropic's events out."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._begun = False
+        self._stop = ""
+
+    def feed(self, data: bytes) -> bytes:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return b"".join([message_event(body) for line in lines if line[:7] == b"data: {" for body in self._read(line)])
+
+    def _read(self, line: bytes) -> list[dict[str, Any]]:
+        chunk = json.loads(line[6:])
+        out: list[dict[str, Any]] = []
+        if not self._begun:
+            self._begun = True
+            message = {"id": chunk["id"], "type": "message", "role": "assistant", "model": chunk["model"],
+                       "content": [], "stop_reason": None, "stop_sequence": None,
+                       "usage": {"input_tokens": 0, "output_tokens": 0}}  # fmt: skip
+            block = {"type": "text", "text": ""}
+            out = [{"type": "message_start", "message": message},
+                   {"type": "content_block_start", "index": 0, "content_block": block}]  # fmt: skip
+        for choice in chunk["choices"]:
+            if text := choice["delta"].get("content"):
+                delta = {"type": "text_delta", "text": text}
+                out.append({"type": "content_block_delta", "index": 0, "delta": delta})
+            if choice["finish_reason"]:
+                self._stop = STOP_REASONS[choice["finish_reason"]]
+                out.append({"type": "content_block_stop", "index": 0})
+        if used := chunk["usage"]:
+            tokens = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
+            delta = {"stop_reason": self._stop, "stop_sequence": None}
+            out += [{"type": "message_delta", "delta": delta, "usage": tokens}, {"type": "message_stop"}]
+        return out
+
+
+async def serve_translator(upstream: str) -> None:
+    import aiohttp
+    from aiohttp import web
+
+    url = upstream + PATHS["openai"]
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-benchmark-not-a-key"}
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+
+    async def translate(request: web.Request) -> web.StreamResponse:
+        asked = json.loads(await request.read())
+        async with session.post(url, data=chat_request(asked), headers=headers) as answer:
+            if not asked.get("stream"):
+                body = message_answer(json.loads(await answer.read()))
+                return web.Response(body=body, content_type="application/json")
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            stream = ChatStream()
+            async for data in answer.content.iter_any():
+                if events := stream.feed(data):
+                    await response.write(events)
+            await response.write_eof()
+            return response
+
+    app = web.Application()
+    app.router.add_post("/v1/messages", translate)
+    await serve_app(app)
+
+
+# == LiteLLM ===========================================================================================================
+
+
+def become_litellm(command: str, upstream: str) -> NoReturn:
+    """Turn this process into LiteLLM's proxy, with one worker, no key and no log."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    model = {"model": f"openai/{MODELS['openai']}", "api_base": f"{upstream}/v1", "api_key": "sk-benchmark-not-a-key"}
+    config = {
+        "model_list": [{"model_name": MODELS["openai"], "litellm_params": model}],
+        "litellm_settings": {"telemetry": False, "use_chat_completions_url_for_anthropic_messages": True},
+    }
+    Path("litellm.json").write_bytes(packed(config))
+    say(f"listens on http://127.0.0.1:{port}")  # or will
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    environ = {
+        "HOME": os.getcwd(),
+        "PATH": os.environ.get("PATH", ""),
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
+    os.execve(command, [command, "--config", "litellm.json", "--host", "127.0.0.1", "--port", str(port)], environ)
+
+
+async def answering(url: str) -> None:
+    """Wait until something listens there."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    async with asyncio.timeout(120):
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+                return
+            await asyncio.sleep(0.2)
 
 
 # == The load ==========================================================================================================
@@ -333,8 +477,8 @@ class Target:
     model: str
 
     def request(self, mode: Mode) -> bytes:
-        path = PATHS[self.upstream] if self.name == "forwarder" else "/v1/messages"
-        body = question(self.upstream if self.name == "forwarder" else "anthropic", mode, self.model)
+        spoken = self.upstream if self.name == "forwarder" else "anthropic"
+        path, body = PATHS[spoken], question(spoken, mode, self.model)
         host = self.url.removeprefix("http://")
         head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         return head.encode() + b"\r\n\r\n" + body
@@ -416,7 +560,8 @@ async def check(target: Target) -> None:
                     break
                 got += data
         writer.close()
-        words = got.count(b"caf\\u00e9") if mode == "whole" else len(re.findall(rb'"(?:text|content)":"[^"]', got))
+        piece = rb"caf(?:\\u00e9|\xc3\xa9)" if mode == "whole" else rb'"(?:text|content)": ?"[^"]'
+        words = len(re.findall(piece, got))
         if words < (DELTAS // len(WORDS) if mode == "whole" else DELTAS):
             raise BenchmarkError(f"{target.name} to {target.upstream}, {mode}: {words} pieces of text in {got[:400]!r}")
 
@@ -471,6 +616,8 @@ def gateway_environ(upstream: str, home: str) -> dict[str, str]:
         "VAI_OPENAI_BASE_URL": f"{upstream}/v1",
         "ANTHROPIC_API_KEY": "sk-benchmark-not-a-key",
         "OPENAI_API_KEY": "sk-benchmark-not-a-key",
+        "VAI_CALLER_RPM": "1000000000",  # counted as ever, and never reached
+        "VAI_GLOBAL_RPM": "1000000000",
     }
 
 
@@ -482,6 +629,7 @@ class Plan:
     connections: tuple[int, ...]
     rounds: int
     seconds: float
+    litellm: str = ""
 
 
 async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> list[Cell]:
@@ -494,17 +642,25 @@ async def run(plan: Plan, project: Path, progress: Callable[[str], None]) -> lis
         upstream, upstream_pid = await stack.enter_async_context(
             running("upstream", others, [__file__, "--role", "upstream"])
         )
-        forwarder = await stack.enter_async_context(
-            running("forwarder", tested, [__file__, "--role", "forwarder", "--upstream", upstream])
-        )
+        floors = {
+            name: await stack.enter_async_context(
+                running(name, tested, [__file__, "--role", name, "--upstream", upstream])
+            )
+            for name in ("forwarder", "translator")
+        }
+        if plan.litellm:
+            command = [__file__, "--role", "litellm", "--upstream", upstream, "--litellm", plan.litellm]
+            floors["litellm"] = await stack.enter_async_context(running("litellm", tested, command, cwd=home))
+            await answering(floors["litellm"][0])
         command = [str(project / "server.py"), "--auth", "none", "--port", "0", "--log-format", "json"]
         gateway = await stack.enter_async_context(
             running("gateway", tested, command, env=gateway_environ(upstream, home), cwd=home)
         )
         targets = [
-            Target(name, provider, url, pid, model if name == "forwarder" else f"{provider}/{model}")
+            Target(name, provider, url, pid, f"{provider}/{model}" if name == "gateway" else model)
             for provider, model in MODELS.items()
-            for name, (url, pid) in (("forwarder", forwarder), ("gateway", gateway))
+            for name, (url, pid) in {**floors, "gateway": gateway}.items()
+            if provider == "openai" or name not in ("translator", "litellm")
         ]
         for target in targets:
             await check(target)
@@ -562,7 +718,7 @@ def loop_factory() -> Any:
 
 
 def report(cells: Sequence[Cell], told: dict[str, Any]) -> str:
-    lines = ["# The gateway beside a bare aiohttp forwarder", ""]
+    lines = ["# The gateway beside the least that forwards and translates", ""]
     lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in told.items()]
     lines += [f"- the load and the upstream together used {max(c.rest for c in cells):.0%} of their core at most"]
     for mode, title in TITLES.items():
@@ -573,29 +729,37 @@ def report(cells: Sequence[Cell], told: dict[str, Any]) -> str:
 def table(cells: Sequence[Cell], mode: Mode) -> list[str]:
     unit, seen = ("requests", "latency") if mode == "whole" else ("events", "first")
     lines = [
-        f"| route | connections | {unit}/s | {seen} p50 ms | p99 ms | CPU µs per {unit[:-1]} | busy | × CPU | × p50 |",
+        f"| route | connections | {unit}/s | {seen} p50 ms | p99 ms | CPU µs per {unit[:-1]} | busy "
+        "| × forwarder | × translator |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for floor, cell in pairwise(cells):
-        if cell.target == "gateway":  # the forwarder on the same upstream was measured just before
-            lines += [row(floor, floor), row(cell, floor)]
+    floors: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.target == "forwarder":  # of each upstream the forwarder is measured first, the gateway last
+            floors.clear()
+        lines.append(row(cell, floors))
+        floors[cell.target] = cell
     return lines
 
 
-def row(cell: Cell, floor: Cell) -> str:
+def row(cell: Cell, floors: Mapping[str, Cell]) -> str:
     source = cell.upstream if cell.target == "forwarder" else "anthropic"
-    route = f"{source}→{cell.upstream} ({cell.target})" if cell.target == "forwarder" else f"{source}→{cell.upstream}"
-    ratios = "| | |" if cell is floor else f"| **{cell.cpu / floor.cpu:.2f}** | {cell.p50 / floor.p50:.2f} |"
+    route = f"{source}→{cell.upstream}" + ("" if cell.target == "gateway" else f" ({cell.target})")
     times = f"{cell.p50 * 1e3:.2f} | {cell.p99 * 1e3:.2f} | {cell.cpu:.1f} | {cell.busy:.0%}"
-    return f"| {route} | {cell.connections} | {cell.rate:,.0f} | {times} {ratios}"
+    ratios = [f"{cell.cpu / floors[name].cpu:.2f}" if name in floors else "" for name in ("forwarder", "translator")]
+    return f"| {route} | {cell.connections} | {cell.rate:,.0f} | {times} | {' | '.join(ratios)} |"
+
+
+ROLES = {"upstream": serve_upstream, "forwarder": serve_forwarder, "translator": serve_translator}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the gateway beside a bare forwarder.")
     parser.add_argument("--quick", action="store_true", help="under 40 seconds instead of 3 minutes; rougher")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--litellm", default="", metavar="COMMAND", help="measure this LiteLLM, too")
     parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parent.parent, help=argparse.SUPPRESS)
-    parser.add_argument("--role", choices=("upstream", "forwarder"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=(*ROLES, "litellm"), help=argparse.SUPPRESS)
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -608,13 +772,15 @@ def say(text: str, stream: Any = None) -> None:
 
 def main() -> int:
     options = arguments()
+    if options.role == "litellm":
+        become_litellm(options.litellm, options.upstream)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         if options.role:
-            served = serve_upstream() if options.role == "upstream" else serve_forwarder(options.upstream)
-            runner.run(served)
+            runner.run(ROLES[options.role](options.upstream))
             return 0
         told = conditions()
-        plan = Plan((1, 16), 2, 0.45) if options.quick else Plan((1, 16, 64), 3, 0.9)
+        litellm = os.path.abspath(options.litellm) if options.litellm else ""
+        plan = Plan((1, 16), 2, 0.45, litellm) if options.quick else Plan((1, 16, 64), 3, 0.9, litellm)
         try:
             cells = runner.run(run(plan, options.project.resolve(), lambda text: say(text, sys.stderr)))
         except (BenchmarkError, TimeoutError, OSError) as fault:

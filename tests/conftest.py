@@ -191,7 +191,7 @@ async def serve(environ: dict[str, str], http: aiohttp.ClientSession) -> AsyncIt
             auth = {"keys": [{"key": KEY, "name": "alice"}]}
             config = server.Config.model_validate({"auth": auth, **sections})
             app = server.make_app(config, server.make_engine(config, environ))
-            runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+            runner = server.Runner(app, shutdown_timeout=0.1)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -268,7 +268,7 @@ async def listen() -> AsyncIterator[Listen]:
             tasks.discard(task)
             writer.close()
 
-        running.append(await asyncio.start_server(connected, "127.0.0.1", 0))
+        running.append(await asyncio.start_server(connected, "127.0.0.1", 0, backlog=1024))
         return f"http://127.0.0.1:{running[-1].sockets[0].getsockname()[1]}"
 
     yield start

@@ -7,12 +7,15 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from anthropic import AsyncAnthropic
 from conftest import KEY, ROOT, Serve
+from pydantic import BaseModel
 
 import providers
 import server
@@ -24,17 +27,27 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {  # default, then what file, env
     "server.host": ("127.0.0.1", "::1", "127.0.0.2", "127.0.0.3"),
     "server.port": (8080, 1001, 1002, 1003),
     "server.allow_open": (False, True, False, True),
+    "server.trusted_proxies": ([], ["10.0.0.0/8"], ["127.0.0.1/32", "fd00::/8"], None),
     "auth.mode": ("api_key", "none", "passthrough", "api_key"),
     "limits.max_body_bytes": (10 << 20, 2001, 2002, None),
     "limits.max_tokens_default": (4096, 11, 12, None),
+    "rate_limit.enabled": (True, False, True, None),
+    "rate_limit.caller_rpm": (100_000, 11, 12, None),
+    "rate_limit.global_rpm": (1_000_000, 11, 12, None),
+    "rate_limit.redis_url": (None, "redis://a:1/0", "unix:///run/redis.sock", None),
     "timeouts.connect": (10, 1.5, 2.5, None),
     "timeouts.first_byte": (120, 1.5, 2.5, None),
     "timeouts.idle": (120, 1.5, 2.5, None),
     "timeouts.total": (600, 1.5, 2.5, None),
+    "timeouts.head": (15, 1.5, 2.5, None),
     "timeouts.body": (60, 1.5, 2.5, None),
     "timeouts.write": (60, 1.5, 2.5, None),
     "timeouts.drain": (30, 1.5, 2.5, None),
     "sse.ping_interval": (15, 1.5, 2.5, None),
+    "cors.allowed_origins": ([], ["*"], ["https://a.test", "http://localhost:3000"], None),
+    "cors.allow_credentials": (False, True, False, None),
+    "metrics.enabled": (True, False, True, None),
+    "metrics.require_key": (False, True, False, None),
     "log.level": ("info", "debug", "warning", "error"),
     "log.format": (None, "text", "json", "text"),
 }
@@ -63,10 +76,13 @@ def test_precedence(tmp_path: Path, path: str, values: tuple[Any, Any, Any, Any]
     option = next(option for option in server.OPTIONS if option.path == path)
     section, name = path.split(".")
     file = written(tmp_path, f"[{section}]\n{name} = {toml(in_file)}\n")
-    environ = {option.env: str(in_environ).lower()}
+    environ = {option.env: ", ".join(in_environ) if option.many else str(in_environ).lower()}
+    if path == "cors.allow_credentials":
+        environ["VAI_CORS_ORIGINS"] = "https://a.test"
 
     def got(flags: dict[str, Any], environ: dict[str, str]) -> Any:
-        return getattr(getattr(load_config(flags, environ), section), name)
+        value = getattr(getattr(load_config(flags, environ), section), name)
+        return [str(item) for item in value] if option.many else value
 
     assert got({"config": file}, {}) == in_file
     assert got({"config": file}, environ) == in_environ
@@ -168,6 +184,52 @@ WRONG: dict[str, tuple[str, dict[str, str], list[str], str]] = {  # file, enviro
     "alias without provider": ('aliases.a = "gpt-4o"', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
     "alias of an unknown provider": ('aliases.a = "mistral/x"', {}, [], r"FILE: aliases\.a: .*anthropic, openai.*"),
     "alias of an alias": ('aliases = {a = "b", b = "groq/x"}', {}, [], r"FILE: aliases\.a: .*provider/model.*"),
+    "key without models": (f'[[auth.keys]]\nkey = "{SECRET}"\nmodels = []', {}, [], r"FILE: auth\.keys\.0\.models: .*"),
+    "pattern of models": (
+        f'[[auth.keys]]\nkey = "{SECRET}"\nmodels = ["openai/[ab]"]',
+        {},
+        [],
+        r"FILE: auth\.keys\.0\.models\.0: .*",
+    ),
+    "rpm of a key": (f'[[auth.keys]]\nkey = "{SECRET}"\nrpm = 0', {}, [], r"FILE: auth\.keys\.0\.rpm: .* 1"),
+    "rpm": ("", {"VAI_CALLER_RPM": "many"}, [], r"VAI_CALLER_RPM: rate_limit\.caller_rpm: .*integer.*"),
+    "Redis": ("", {"VAI_REDIS_URL": f"http://:{SECRET}@h"}, [], r"VAI_REDIS_URL: rate_limit\.redis_url: .*redis.*"),
+    "proxy": (
+        "",
+        {"VAI_TRUSTED_PROXIES": "10.0.0.0/8,nginx"},
+        [],
+        r"VAI_TRUSTED_PROXIES: server\.trusted_proxies\.1: .*",
+    ),
+    "origin with a path": (
+        "",
+        {"VAI_CORS_ORIGINS": "https://a.test/"},
+        [],
+        r"VAI_CORS_ORIGINS: cors\.allowed_origins\.0: .*",
+    ),
+    "origin null": ('cors.allowed_origins = ["null"]', {}, [], r"FILE: cors\.allowed_origins\.0: .*"),
+    "any origin, with credentials": (
+        'cors.allowed_origins = ["https://a.test", "*"]',
+        {"VAI_CORS_CREDENTIALS": "true"},
+        [],
+        r"VAI_CORS_CREDENTIALS: cors\.allow_credentials: .*'\*'.*",
+    ),
+    "alias of nothing": ("aliases.a = []", {}, [], r"FILE: aliases\.a: must be a model, or a list of models"),
+    "alias of a number": ("aliases.a = 7", {}, [], r"FILE: aliases\.a: must be a model, or a list of models"),
+    "alias of numbers": ('aliases.a = ["groq/x", 7]', {}, [], r"FILE: aliases\.a: must be .*list of models"),
+    "alias of a model twice": ('aliases.a = ["groq/x", "groq/x"]', {}, [], r"FILE: aliases\.a: .*each of them once"),
+    "alias of too many": (
+        f"aliases.a = {[f'groq/{n}' for n in range(17)]}",
+        {},
+        [],
+        r"FILE: aliases\.a: .*at most 16.*",
+    ),
+    "alias with an unknown provider": ('aliases.a = ["groq/x", "mistral/x"]', {}, [], r"FILE: aliases\.a: .*openai.*"),
+    "metrics with no key to require": (
+        "metrics.require_key = true",
+        {"VAI_AUTH_MODE": "passthrough"},
+        [],
+        r"FILE: metrics\.require_key: needs auth\.mode api_key.*",
+    ),
     "open to all": ("", {}, ["--auth", "none", "--host", "0.0.0.0"], r".*0\.0\.0\.0.*--allow-open"),  # noqa: S104
     "open by name": ('auth.mode = "none"', {"VAI_HOST": "example.org"}, [], r".*example\.org.*--allow-open"),
 }
@@ -244,6 +306,50 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(option.flag in out for option in server.OPTIONS if option.flag)
     assert out.endswith(f"vai {providers.__version__}\n")
+
+
+# == The example =======================================================================================================
+
+EXAMPLE = (ROOT / "vai.example.toml").read_text(encoding="utf-8")
+
+
+def options_of(section: type[BaseModel]) -> Iterator[str]:
+    """Every option of a configuration, as `section.name`, the items of a list or table as the section's own."""
+    for name, field in section.model_fields.items():
+        models = [kind for kind in walk(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        yield from (f"{name}.{inner}" for model in models for inner in options_of(model))
+        if not models:
+            yield name
+
+
+def walk(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from walk(inner)
+
+
+def test_example_is_the_default(tmp_path: Path) -> None:
+    """What the example says without a comment sign is what holds without it."""
+    assert load_config({"config": written(tmp_path, EXAMPLE)}, {}) == server.Config()
+
+
+def test_example_has_every_option(tmp_path: Path) -> None:
+    """With its comments switched on, the example has every option that there is, and names its variable and flag."""
+    whole = re.sub(r"(?m)^# (?=\[|\w+ = )", "", EXAMPLE)
+    environ = {"WEBSITE_KEY": SECRET, "OPENAI_API_KEY": SECRET, "REDIS_PASSWORD": SECRET}
+    config = load_config({"config": written(tmp_path, whole)}, environ)
+    assert (config.auth.keys[0].rpm, config.auth.keys[0].models) == (600, ["openai/*", "fast"])
+    tree = tomllib.loads(whole)
+    found = {
+        f"{section}.{name}" for section in tree for name in tree[section] if section not in ("aliases", "providers")
+    }
+    found |= {f"auth.keys.{name}" for name in tree["auth"]["keys"][0]}
+    found |= {f"providers.{name}" for name in tree["providers"]["openai"]}
+    assert found - {"auth.keys"} | {"aliases"} == set(options_of(server.Config))
+    assert "aliases" in tree
+    for option in server.OPTIONS:
+        assert option.path.startswith("timeouts.") or option.env in EXAMPLE
+        assert option.flag is None or option.flag in EXAMPLE
 
 
 # == Effects ===========================================================================================================
