@@ -1859,18 +1859,22 @@ class Accumulator:
 
 
 def _joined_audio(deltas: Sequence[AudioDelta]) -> JSON:
-    """The source of an audio block. Of a WAV file the length is known now: it goes into the header of 44 bytes."""
-    audio, format = b"".join(delta.data for delta in deltas), deltas[0].format
-    if format == "wav":
-        size = len(audio) - 44
-        audio = b"".join(
-            (audio[:4], (size + 36).to_bytes(4, "little"), audio[8:40], size.to_bytes(4, "little"), audio[44:])
-        )
+    """The source of an audio block."""
+    format = deltas[0].format
+    audio = whole_file(b"".join(delta.data for delta in deltas), format)
     return {
         "type": "base64",
         "media_type": AUDIO_TYPES.get(format, f"audio/{format}").format(deltas[0].sample_rate),
         "data": base64.b64encode(audio).decode("ascii"),
     }
+
+
+def whole_file(audio: bytes, format: str) -> bytes:
+    """Speech that was streamed, as a file. A WAV file's length is known now: it goes into the header of 44 bytes."""
+    if format != "wav":
+        return audio
+    size = len(audio) - 44
+    return b"".join((audio[:4], (size + 36).to_bytes(4, "little"), audio[8:40], size.to_bytes(4, "little"), audio[44:]))
 
 
 AUDIO_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg", "pcm": "audio/pcm;rate={}"}

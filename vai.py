@@ -39,6 +39,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import types
 import urllib.parse
 import warnings
@@ -1217,7 +1218,10 @@ async def _spoken(message: Message, speaker: voice.Speaker | None, heard: str | 
 
 def _speech_models() -> dict[str, list[str]]:
     """The models that hear and that speak, as `service/model`."""
-    services = voice.SPEECH.values()
+    try:
+        services = voice.SPEECH.values()
+    except ModuleNotFoundError:  # a copy without speech
+        return {}
     return {
         "stt": [f"{service.id}/{model}" for service in services for model in service.stt_models],
         "tts": [f"{service.id}/{model}" for service in services for model in service.tts_models],
@@ -3204,12 +3208,18 @@ def _check_results(request: MessageRequest) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`vai "prompt" -m MODEL` · `vai chat` · `vai models` · `vai login gemini-oauth`.
+    """`vai "prompt" -m MODEL` · `vai chat` · `vai speak` · `vai transcribe` · `vai models` · `vai login gemini-oauth`.
 
     Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"chat": _chat_command, "models": _models_command, "login": _login_command}
+    commands = {
+        "chat": _chat_command,
+        "speak": _speak_command,
+        "transcribe": _transcribe_command,
+        "models": _models_command,
+        "login": _login_command,
+    }
     try:
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
@@ -3253,7 +3263,7 @@ def _prompt_command(argv: Sequence[str]) -> None:
     parser = _parser(
         "vai",
         "Ask any model. A prompt on the command line, on standard input, or both.",
-        epilog="other commands: vai chat · vai models · vai login gemini-oauth",
+        epilog="other commands: vai chat · vai speak · vai transcribe · vai models · vai login gemini-oauth",
     )
     parser.add_argument("prompt", nargs="?", help="what to ask")
     parser.add_argument(
@@ -3354,6 +3364,98 @@ def _chat_turn(chat: Conversation, line: str) -> None:
             chat.messages.append({"role": "assistant", "content": f"{text} [interrupted]"})
 
 
+def _speak_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vai speak", description="Read a text aloud, into a sound file.")
+    parser.add_argument("text", nargs="?", help="what to say; without it standard input")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="a .wav, .mp3 or .pcm; - is standard output"
+    )
+    parser.add_argument("--voice", help="an id of the service's")
+    parser.add_argument("--language", metavar="CODE")
+    parser.add_argument("--speed", type=float, metavar="X", help="1 is usual")
+    parser.add_argument("--format", choices=["wav", "mp3", "pcm"], help="if the file's name does not say")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ")
+    options = parser.parse_args(argv)
+    said = options.text if options.text is not None else sys.stdin.buffer.read().decode("utf-8", "replace")
+    suffix = Path(options.output).suffix.lower().removeprefix(".")
+    form: Any = options.format or (suffix if suffix in ("mp3", "pcm") else "wav")
+    names = ("voice", "language", "speed", "sample_rate")
+    fields: Any = {name: value for name in names if (value := getattr(options, name)) is not None}
+    with _environment_client() as client, _Progress() as progress:
+        with client.audio.stream_synthesize(voice.speakable(said), format=form, **fields) as speech:
+            pieces = []
+            for data in speech:
+                pieces.append(data)
+                progress.show(f"spoken: {speech.duration:.0f} s")
+    spoken = providers.whole_file(b"".join(pieces), form)
+    try:
+        if options.output == "-":
+            sys.stdout.buffer.write(spoken)
+        else:
+            Path(options.output).write_bytes(spoken)
+    except OSError as fault:
+        parser.error(f"cannot write {options.output}: {fault.strerror}")
+
+
+def _transcribe_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vai transcribe", description="Write down what recordings say.")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="WAV, MP3, FLAC, Ogg, M4A or WebM; - is standard input"
+    )
+    parser.add_argument("--language", metavar="CODE", help="en if not given")
+    parser.add_argument("--json", action="store_true", help="with the times of words, one JSON object a file")
+    options = parser.parse_args(argv)
+    fields: Any = {"language": options.language} if options.language else {}
+    with _environment_client() as client:
+        for name in options.files:
+            with _Progress() as progress:
+                progress.tick(f"transcribing {name}")
+                try:
+                    source = sys.stdin.buffer.read() if name == "-" else Path(name)
+                    heard = client.audio.transcribe(source, timestamps=options.json, **fields)
+                except OSError as fault:
+                    parser.error(f"cannot read {name}: {fault.strerror}")
+            print(json.dumps(heard.to_wire(), ensure_ascii=False) if options.json else heard.text, flush=True)
+
+
+class _Progress:
+    """One line on standard error that changes, on a terminal only, and not before half a second has passed."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._begun = self._last = time.monotonic()
+        self._on = sys.stderr is not None and sys.stderr.isatty()
+        self._over = threading.Event()
+        self._ticker: threading.Thread | None = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        if self._ticker:
+            self._ticker.join()
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, line: str) -> None:
+        now = time.monotonic()
+        if self._on and now - self._last >= 0.5:
+            self._last, self._shown = now, True
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    def tick(self, line: str) -> None:
+        """Show the line with the seconds that it takes, for as long as it takes."""
+
+        def run() -> None:
+            while not self._over.wait(0.5):
+                self.show(f"{line}: {time.monotonic() - self._begun:.0f} s")
+
+        if self._on:
+            self._ticker = threading.Thread(target=run, name="vai-progress", daemon=True)
+            self._ticker.start()
+
+
 def _models_command(argv: Sequence[str]) -> None:
     argparse.ArgumentParser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
     with _environment_client() as client:
@@ -3363,6 +3465,8 @@ def _models_command(argv: Sequence[str]) -> None:
         print(f"{row.id:13} {'ready ' if row.available else 'no key'}  {able}")
     for name, models in listed.aliases.items():
         print(f"{name:13} alias   {models if isinstance(models, str) else ', then '.join(models)}")
+    for kind, models in listed.voice.items():
+        print(f"{kind:13} speech  {', '.join(models)}")
 
 
 def _environment_client() -> Client:

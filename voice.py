@@ -160,6 +160,7 @@ __all__ = [
     "decode_pcm",
     "duration",
     "encode_pcm",
+    "model_of",
     "mono",
     "read_audio_request",
     "read_recording",
@@ -1238,6 +1239,10 @@ class Voice(_Settings):
     input: VoiceInput | None = None
     output: VoiceOutput | None = None
 
+    @property
+    def used(self) -> list[VoiceInput | VoiceOutput]:
+        return [part for part in (self.input, self.output) if part]
+
 
 S = TypeVar("S", bound=_Settings)
 
@@ -1587,6 +1592,10 @@ class SpeechAdapter:
         """Raises `InvalidRequestError`, whose `param` is the field, for what the service would refuse."""
         raise NotImplementedError
 
+    def model(self, settings: VoiceInput | VoiceOutput) -> str:
+        """The model that takes a recording, or that speaks."""
+        raise NotImplementedError
+
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
@@ -1696,12 +1705,15 @@ class Cartesia(SpeechAdapter):
                     message = f"{settings.model} does not take it; sonic-3 and newer do"
                     raise InvalidRequestError(message, param=name, code="unsupported_feature")
 
+    def model(self, settings: VoiceInput | VoiceOutput) -> str:
+        return settings.model or (self.tts_models[0] if isinstance(settings, VoiceOutput) else "ink-whisper")
+
     # -- over HTTP --
 
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
-        model = settings.model or "ink-whisper"
+        model = self.model(settings)
         if model == STREAM_MODELS:
             message = f"{model} hears live audio only; ink-whisper takes recordings"
             raise InvalidRequestError(f"model: {message}", param="model", code="unsupported_feature")
@@ -1785,7 +1797,7 @@ class Cartesia(SpeechAdapter):
     def generation(self, settings: VoiceOutput) -> JSON:
         """What every request for speech says; all but the text must stay the same within a context."""
         body: JSON = {
-            "model_id": settings.model or self.tts_models[0],
+            "model_id": self.model(settings),
             "voice": {"mode": "id", "id": settings.voice or self.voice},
             "output_format": {"container": "raw", "encoding": "pcm_s16le", "sample_rate": settings.sample_rate},
         }
@@ -2048,6 +2060,11 @@ SPEECH: dict[str, SpeechAdapter] = {
 }
 
 
+def model_of(settings: VoiceInput | VoiceOutput) -> str:
+    """What takes a recording or speaks, as `service/model`."""
+    return f"{settings.provider}/{SPEECH[settings.provider].model(settings)}"
+
+
 # == Sockets ===========================================================================================================
 
 _RECONNECTABLE = (None, 1000, 1001, 1005, 1006, 1011, 1012, 1013, 1015)
@@ -2237,9 +2254,9 @@ class Service:
         async with await self.stream(text, settings, words=False) as stream:
             pieces = [event.data async for event in stream if isinstance(event, Audio)]
         audio = b"".join(pieces)
-        if settings.format == "wav":
-            audio = wav(audio[44:], settings.sample_rate)
-        return Speech(audio, settings.format, settings.sample_rate, stream.duration)
+        return Speech(
+            providers.whole_file(audio, settings.format), settings.format, settings.sample_rate, stream.duration
+        )
 
     async def stream(self, text: str, settings: VoiceOutput, *, words: bool = True) -> SpeechStream:
         """Text as speech, as it comes, with the times of words unless it is mp3. Waits for the service to begin."""
