@@ -3117,6 +3117,8 @@ class FakeModel(Direct):
         if isinstance(model, str) and model and "/" not in model:  # an alias of some gateway
             self.aliases[model] = f"openai/{model}"
         request = super().parse(body, headers)
+        if request.voice:
+            raise providers.unsupported("voice", "a FakeModel", param="voice")
         _check_results(request)
         adapter = PROVIDERS[request.provider]
         adapter.encode(request, Credential(Secret("fake")), adapter.base_url, self.max_tokens)
