@@ -1186,14 +1186,20 @@ class Sentences:
 
 
 class SpokenParts:
-    """A model's text in, parts to speak out: what `Speakable` leaves of it, as `Sentences` cuts it."""
+    """A model's text in, parts to speak out: what `Speakable` leaves of it, as `Sentences` cuts it.
+
+    `begun` says that there will be something to speak.
+    """
 
     def __init__(self, **options: int) -> None:
+        self.begun = False
         self._speakable = Speakable()
         self._sentences = Sentences(**options)
 
     def feed(self, text: str) -> list[str]:
-        return self._sentences.feed(self._speakable.feed(text))
+        text = self._speakable.feed(text)
+        self.begun = self.begun or any(map(str.isalnum, text))
+        return self._sentences.feed(text)
 
     def close(self) -> list[str]:
         """What is left; only punctuation is nothing to be spoken."""
@@ -3084,15 +3090,19 @@ class Speaker:
 
     def feed(self, text: str) -> None:
         self._say(self._parts.feed(text))
+        if self._parts.begun and self._task is None:  # the way to the service is open when the first part is there
+            self._task = self._spawn(self._speak())
 
     def pause(self) -> None:
         """Something else comes between: what was said so far is whole."""
-        if self._spoken or self._task:
+        if self._task:
             self.feed("\n\n")
 
     def end(self) -> None:
         """No text will come."""
         self._say(self._parts.close())
+        if self._spoken and self._task is None:
+            self._task = self._spawn(self._speak())
         self._unsaid.put_nowait(None)
         if self._task is None:
             self._events.put_nowait(None)
@@ -3101,7 +3111,6 @@ class Speaker:
         for part in parts:
             self._spoken.append(part)
             self._unsaid.put_nowait(part)
-            self._task = self._task or self._spawn(self._speak())
 
     async def next(self) -> AudioDelta | AudioError | None:
         """The next piece of audio, or why there is no more; None after the last."""
@@ -3121,8 +3130,8 @@ class Speaker:
         if self._settings.format == "mp3":  # sockets have bare samples only
             await self._pass_on(self._over_http())
             return
-        async with self._service.speak() as session, session.context(self._settings) as context:
-            await self._pass_on(self._over_socket(context))
+        async with self._service.speak() as session:
+            await self._pass_on(self._over_socket(session))
 
     async def _pass_on(self, audio: AsyncGenerator[bytes, None]) -> None:
         settings = self._settings
@@ -3142,15 +3151,17 @@ class Speaker:
         await self._events.put(None)
         self._over = True
 
-    async def _over_socket(self, context: TTSContext) -> AsyncGenerator[bytes, None]:
-        saying = asyncio.create_task(self._say_all(context))
-        try:
-            async for event in context:
-                if isinstance(event, Audio):
-                    yield event.data
-        finally:
-            saying.cancel()
-            await asyncio.gather(saying, return_exceptions=True)
+    async def _over_socket(self, session: TTSSession) -> AsyncGenerator[bytes, None]:
+        await session.connect()
+        async with session.context(self._settings) as context:
+            saying = asyncio.create_task(self._say_all(context))
+            try:
+                async for event in context:
+                    if isinstance(event, Audio):
+                        yield event.data
+            finally:
+                saying.cancel()
+                await asyncio.gather(saying, return_exceptions=True)
 
     async def _say_all(self, context: TTSContext) -> None:
         with contextlib.suppress(Error):  # iterating the context raises it
