@@ -847,22 +847,24 @@ class SpokenStream(EventStream):
         self._speaker = speaker
         self._reading: asyncio.Task[list[StreamEvent]] | None = None
         self._hearing: asyncio.Task[AudioDelta | AudioError | None] | None = None
-        self._silent = False  # all was spoken
         self._blocks = 0
-        self._last: list[StreamEvent] = []  # what ends the message, once it is there
+        self._last: list[StreamEvent] = []  # what ends the message, as far as it has come
+        self._written = False  # all of the answer has come
+        self._silent = False  # all of it was spoken
+        self._over = False
 
     async def __anext__(self) -> list[StreamEvent]:
-        while not (self._last and self._silent):
+        while not (self._written and self._silent):
             if events := await self._next():
                 return events
-        if isinstance(self._last[-1], MessageStop):
-            ending, self._last = [*self._spoken_block(), *self._last], [Ping()]
-            return ending
-        raise StopAsyncIteration
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        return [*self._spoken_block(), *self._last]
 
     async def _next(self) -> list[StreamEvent]:
         """What comes first: more of the answer, or the next piece of its speech."""
-        if not self._last and self._reading is None:
+        if not self._written and self._reading is None:
             self._reading = self._awaited(anext(self._answer))
         if not self._silent and self._hearing is None:
             self._hearing = self._awaited(self._speaker.next())
@@ -893,7 +895,10 @@ class SpokenStream(EventStream):
         for event in events:
             match event:
                 case MessageDelta() | MessageStop():
+                    if not self._last:
+                        self._speaker.end()
                     self._last.append(event)
+                    self._written = isinstance(event, MessageStop)
                     continue
                 case ContentBlockDelta(delta=TextDelta(piece)):
                     self._speaker.feed(piece)
@@ -904,8 +909,6 @@ class SpokenStream(EventStream):
                     elif block.text:
                         self._speaker.feed(block.text)
             passed.append(event)
-        if self._last:
-            self._speaker.end()
         return passed
 
     def _spoken_block(self) -> list[StreamEvent]:

@@ -1331,7 +1331,7 @@ def read_audio_request(body: Mapping[str, Any]) -> TranscriptionRequest | Synthe
         raise InvalidRequestError(f"audio: {said}", param="audio")
     check_size(len(given["audio"]))
     transcription = read_settings(TranscriptionRequest, given)
-    assert transcription.recording  # noqa: S101  (reading it is what checks it)
+    _ = transcription.recording  # reading it is what checks it
     return transcription
 
 
@@ -3080,6 +3080,7 @@ class Speaker:
         self._settings = settings
         self._spawn = spawn
         self._parts = SpokenParts()
+        self._between = ""  # what was said before a pause and what comes after it
         self._spoken: list[str] = []
         self._unsaid: asyncio.Queue[str | None] = asyncio.Queue()
         self._events: asyncio.Queue[AudioDelta | AudioError | None] = asyncio.Queue(self.AHEAD)
@@ -3096,7 +3097,8 @@ class Speaker:
     def pause(self) -> None:
         """Something else comes between: what was said so far is whole."""
         if self._task:
-            self.feed("\n\n")
+            self._say(self._parts.close())
+            self._parts, self._between = SpokenParts(), "\n"
 
     def end(self) -> None:
         """No text will come."""
@@ -3109,8 +3111,9 @@ class Speaker:
 
     def _say(self, parts: Iterable[str]) -> None:
         for part in parts:
-            self._spoken.append(part)
-            self._unsaid.put_nowait(part)
+            self._spoken.append(self._between + part)
+            self._unsaid.put_nowait(self._between + part)
+            self._between = ""
 
     async def next(self) -> AudioDelta | AudioError | None:
         """The next piece of audio, or why there is no more; None after the last."""

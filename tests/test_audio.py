@@ -18,6 +18,7 @@ import pytest
 from conftest import JSON, KEY, MODELS, ROOT, Answer, Listen, Serve, Served, body_of, hear, post_bytes, reset
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 import server
 import vai
@@ -36,7 +37,7 @@ from providers import (
 from sandbox import Request, Sandbox
 from sandbox import speech as master
 from vai import AsyncClient
-from voice import Transcription, read_wav, rms, silence, wav, wav_header
+from voice import Transcription, VoiceOutput, read_wav, rms, silence, wav, wav_header
 
 SAID = "Hello there. **How** are you today? I am fine, `thank you`."
 SPOKEN = "Hello there. How are you today? I am fine, thank you."
@@ -148,7 +149,7 @@ async def test_an_answer_is_spoken(provider: str, format: str, mode: str, connec
 
 async def test_a_stream_on_the_wire(gateway: Served) -> None:
     """Anthropic's grammar with `audio_delta` in between: blocks are numbered, each is closed, nothing follows."""
-    answer = await gateway.ask("anthropic", f"[think a while] [say {SAID}]", stream=True, voice=SPEAK)
+    answer = await gateway.ask("anthropic", f"[slow 0.005] [think a while] [say {SAID}]", stream=True, voice=SPEAK)
     deltas = [event["delta"] for event in answer.events if event["type"] == "audio_delta"]
     assert {(one["format"], one["sample_rate"], len(one)) for one in deltas} == {("wav", 24_000, 3)}
     assert b"".join(base64.b64decode(one["data"]) for one in deltas) == wav_header(24_000) + master(SPOKEN)
@@ -275,6 +276,52 @@ async def test_what_is_not_spoken(answer: str, connect: Connect, sandbox: Sandbo
     assert message.metadata is None
     assert not [event for event in events if isinstance(event, (AudioDelta, AudioError))]
     assert not [request for request in sandbox.requests if request.provider == "cartesia"]
+
+
+async def test_a_pause_ends_a_sentence(environ: dict[str, str]) -> None:
+    """What was said before a tool call is spoken while the call is written; words on both sides stay apart."""
+    engine = vai.Direct(environ=environ)
+    speaker = engine.speech.speaker(VoiceOutput(format="pcm"))
+    speaker.feed("Let me see")
+    speaker.pause()
+    async with asyncio.timeout(8):
+        first = await speaker.next()
+        assert isinstance(first, AudioDelta)
+        speaker.feed("It rains")
+        speaker.end()
+        pieces = [first.data]
+        while isinstance(event := await speaker.next(), AudioDelta):
+            pieces.append(event.data)
+    assert b"".join(pieces) == master("Let me see It rains")
+    assert speaker.block is not None
+    assert (speaker.block.transcript or "").split() == ["Let", "me", "see", "It", "rains"]
+    await engine.close()
+
+
+@both
+@pytest.mark.parametrize("ending", ["[error_in_stream 529]", "[break_off]"])
+async def test_a_model_that_fails_ends_its_voice(ending: str, mode: str, connect: Connect, sandbox: Sandbox) -> None:
+    """The stream ends in the model's error, and nothing is spoken any more."""
+    client = await connect(mode)
+    asked: Any = {"model": model("anthropic"), "messages": f"[say {SAID} {SAID}] {ending}", "voice": SPEAK}
+    async with client.messages.stream(**asked) as stream:
+        with pytest.raises(vai.Error) as caught:
+            await stream.final()
+    assert caught.value.status in (502, 503)
+    async with asyncio.timeout(8):
+        for request in list(sandbox.requests):
+            await request.done.wait()
+
+
+async def test_the_next_model_of_an_alias_hears_as_well(environ: dict[str, str], sandbox: Sandbox) -> None:
+    aliases = {"fast": [model("anthropic"), model("openai")]}
+    engine = vai.Direct(environ={**environ, "ANTHROPIC_API_KEY": ""}, aliases=aliases)
+    async with AsyncClient(engine=engine, max_retries=0) as client:
+        message = await client.messages.create(model="fast", messages=asks(QUESTION), voice={**HEAR, **SPEAK})
+    assert message.model.startswith("openai/")
+    assert "What is two plus two?" in message.text
+    assert message.metadata == {"user_transcript": "What is two plus two?"}
+    assert sound_of(message)
 
 
 async def test_no_key_for_speech_is_said_before_the_model_is_asked(connect: Connect, sandbox: Sandbox) -> None:
@@ -814,6 +861,28 @@ async def test_bad_bodies(body: JSON, param: str, code: str | None, gateway: Ser
     error = (await post(gateway, body)).error
     assert (error["type"], error["param"], error.get("code")) == ("invalid_request_error", param, code)
     assert sandbox.seen == 0
+
+
+async def test_the_document_tells_of_it(gateway: Served) -> None:
+    """Requests and answers have the shapes that `/openapi.json` gives them."""
+    document = (await gateway.get("/openapi.json", key=None)).body
+    post_audio = document["paths"]["/v1/audio"]["post"]
+    asked = post_audio["requestBody"]["content"]["application/json"]["schema"]
+    told = post_audio["responses"]["200"]["content"]
+
+    def check(schema: JSON, value: Any) -> None:
+        Draft202012Validator(schema | {"components": document["components"]}).validate(value)
+
+    for body in ({"audio": b64(QUESTION), "language": "en"}, {"text": "Hello.", "voice": "v", "speed": 1.1}):
+        check(asked, body)
+        check(told["application/json"]["schema"], (await post(gateway, body)).body)
+    for event in (await post(gateway, {"text": "Hello.", "stream": True})).events:
+        check(told["text/event-stream"]["x-event-schema"], event)
+    messages = document["paths"]["/v1/messages"]["post"]["responses"]["200"]["content"]
+    spoken = {"voice": {**HEAR, **SPEAK}, "messages": asks(QUESTION)}
+    check(messages["application/json"]["schema"], (await gateway.ask("openai", **spoken)).body)
+    for event in (await gateway.ask("openai", **spoken, stream=True)).events:
+        check(messages["text/event-stream"]["x-event-schema"], event)
 
 
 async def test_limits_and_doors(gateway: Served, serve: Serve) -> None:
