@@ -642,8 +642,8 @@ def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> J
 def _turn(turn: Turn) -> Any:
     """A message of the history. Speech stays out of it where the text that was spoken stands beside it."""
     if isinstance(turn, Message):
-        spoken = [block for block in turn.content if turn.text and isinstance(block, Media) and block.type == "audio"]
-        return {"role": "assistant", "content": [block.to_wire() for block in turn.content if block not in spoken]}
+        kept = [block for block in turn.content if block.type != "audio" or not turn.text]
+        return {"role": "assistant", "content": [block.to_wire() for block in kept]}
     return _plain(turn)
 
 
@@ -868,7 +868,9 @@ class SpokenStream(EventStream):
             self._reading = self._awaited(anext(self._answer))
         if not self._silent and self._hearing is None:
             self._hearing = self._awaited(self._speaker.next())
-        await asyncio.wait([task for task in (self._reading, self._hearing) if task], return_when="FIRST_COMPLETED")
+        await asyncio.wait(
+            [task for task in (self._reading, self._hearing) if task], return_when=asyncio.FIRST_COMPLETED
+        )
         events: list[StreamEvent] = []
         if self._reading and self._reading.done():
             read, self._reading = self._reading, None
@@ -1338,17 +1340,16 @@ class Remote:
         return _GatewayRequest(body, {})
 
     async def transcribe(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Transcription:
-        with _begun("gateway"):
-            return voice.Transcription.from_wire(await self._audio(request, keys))
+        return await self._audio(request, keys, voice.Transcription.from_wire)
 
     async def synthesize(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Speech:
-        with _begun("gateway"):
-            return voice.Speech.from_wire(await self._audio(request, keys))
+        return await self._audio(request, keys, voice.Speech.from_wire)
 
-    async def _audio(self, request: _GatewayRequest, keys: Mapping[str, str] | None) -> JSON:
-        async with await self._send("POST", "/v1/audio", request, keys) as upstream:
-            answer: JSON = await self._json(upstream)
-        return answer
+    async def _audio(self, request: _GatewayRequest, keys: Mapping[str, str] | None, read: Callable[[JSON], T]) -> T:
+        upstream = await self._send("POST", "/v1/audio", request, keys)
+        with _begun("gateway"):
+            async with upstream:
+                return read(await self._json(upstream))
 
     async def open_speech(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> GatewaySpeech:
         request.body = request.body | {"stream": True}
@@ -1423,7 +1424,7 @@ class GatewaySpeech:
     def __init__(self, upstream: Upstream) -> None:
         self.duration = 0.0
         self._upstream = upstream
-        self._sse = SSEDecoder()
+        self._sse = SSEDecoder(provider="gateway")
         self._ready: collections.deque[voice.Audio] = collections.deque()
         self._ended = False
         self._fault: Error | None = None

@@ -666,6 +666,20 @@ async def test_speech_that_cannot_be(case: str, connect: Connect) -> None:
     assert code is None or told[0].code == code
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_may_pass_is_tried_again(mode: str, connect: Connect, sandbox: Sandbox) -> None:
+    """A client asks again for speech as it does for messages, and in process not once an answer has begun."""
+    client = await connect(mode)
+    client._max_retries = 1
+    with pytest.raises(vai.RateLimitError):
+        await client.audio.synthesize("Hello. [error 429 retry_after=0]")
+    assert len(calls(sandbox, "/tts/bytes")) == 2
+    if mode == "direct":
+        with pytest.raises(vai.ProviderError, match="mid-answer"):
+            await client.audio.synthesize("Hello there, all of you. [break_off]", format="mp3")
+        assert len(calls(sandbox, "/tts/bytes")) == 3
+
+
 BAD_RECORDINGS: dict[str, tuple[Any, JSON, str, str | None]] = {
     "nothing": (b"", {}, "audio", "invalid_audio"),
     "words": (b"These are words in a file called .wav, and nothing else.", {}, "audio", "invalid_audio"),
