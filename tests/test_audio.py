@@ -278,6 +278,19 @@ async def test_what_is_not_spoken(answer: str, connect: Connect, sandbox: Sandbo
     assert not [request for request in sandbox.requests if request.provider == "cartesia"]
 
 
+@pytest.mark.parametrize("cut", ["break_off", "reset"])
+async def test_a_lost_connection_is_not_heard(cut: str, connect: Connect, sandbox: Sandbox) -> None:
+    """The speech goes on over another socket, complete."""
+    client = await connect("direct")
+    said = rf"Hello there. \[{cut}\] How are you? Fine."
+    asked: Any = {"model": model("openai"), "messages": f"[say {said}]", "voice": {"output": {"format": "pcm"}}}
+    async with client.messages.stream(**asked) as stream:
+        final = await stream.final()
+    assert final.metadata is None
+    assert sound_of(final) == master("Hello there. How are you? Fine.")
+    assert len(calls(sandbox, "/tts/websocket")) > 1
+
+
 async def test_a_pause_ends_a_sentence(environ: dict[str, str]) -> None:
     """What was said before a tool call is spoken while the call is written; words on both sides stay apart."""
     engine = vai.Direct(environ=environ)
@@ -1050,6 +1063,27 @@ async def test_speak_and_transcribe(sandbox: Sandbox, tmp_path: Path) -> None:
     )
     assert said == (0, master("Hello, you."), "")
     assert (heard[0], json.loads(heard[1])["text"], heard[2]) == (0, "Hello, you.", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no terminals of this kind")
+async def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
+    """A recording that takes long shows a line, which is gone in the end."""
+    path = tmp_path / "long.wav"
+    path.write_bytes(wav(master("[wait 1.5]"), 24_000))
+    leader, terminal = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(ROOT / "vai.py"), "transcribe", str(path)),
+        env={**os.environ, **sandbox.environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=terminal,
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 20)
+    shown = os.read(leader, 4096).decode()
+    os.close(leader)
+    os.close(terminal)
+    assert (process.returncode, out.decode()) == (0, "[wait 1.5]\n")
+    assert f"transcribing {path}" in shown
+    assert shown.endswith("\r\x1b[K")
 
 
 @pytest.mark.parametrize(
