@@ -1324,11 +1324,11 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     """A form as the object that would have said the same: its `file` is `audio`, in bytes (RFC 7578)."""
     found = re.search(r'(?i)[;\s]boundary=(?:"([^"\r\n]{1,70})"|([^\s;"]{1,70}))', content_type)
     mark = b"\r\n--" + (found[1] or found[2]).encode("utf-8", "surrogateescape") if found else b""
-    _, *parts = (b"\r\n" + raw).split(mark) if mark else [b""]
-    if not parts or not parts[-1].startswith(b"--"):
-        raise InvalidRequestError("the form is cut short, or not one", code="malformed_form")
+    _, *parts = (b"\r\n" + raw).split(mark, 34) if mark else [b""]
     if len(parts) > 33:
         raise InvalidRequestError("the form has over 32 fields", code="malformed_form")
+    if not parts or not parts[-1].startswith(b"--"):
+        raise InvalidRequestError("the form is cut short, or not one", code="malformed_form")
     body: JSON = {}
     for part in parts[:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
@@ -1341,8 +1341,8 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
         if name in body:
             raise InvalidRequestError(f"{header_safe(name)}: is in the form twice", param=header_safe(name))
         body[name] = data if name == "file" else _form_value(name, data)
-    if "file" not in body:
-        raise InvalidRequestError("file: is required", param="file")
+    if "file" not in body or "audio" in body:
+        raise InvalidRequestError("file: is required, and no audio beside it", param="file")
     body["audio"] = body.pop("file")
     return body
 

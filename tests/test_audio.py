@@ -818,6 +818,7 @@ async def test_forms(gateway: Served) -> None:
     [
         (form(("language", b"de")), "file"),
         (form(("file", QUESTION), ("file", QUESTION)), "file"),
+        (form(("file", QUESTION), ("audio", b"UklGRg==")), "file"),
         (form(("file", QUESTION), ("sample_rate", b"many")), "sample_rate"),
         (form(("file", QUESTION), ("timestamps", b"maybe")), "timestamps"),
         (form(("file", QUESTION), ("language", b"\xff")), "language"),
