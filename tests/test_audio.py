@@ -1070,7 +1070,7 @@ async def test_speak_and_transcribe(sandbox: Sandbox, tmp_path: Path) -> None:
 async def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
     """A recording that takes long shows a line, which is gone in the end."""
     path = tmp_path / "long.wav"
-    path.write_bytes(wav(master("[wait 1.5]"), 24_000))
+    path.write_bytes(wav(master("[wait 1]"), 24_000))
     leader, terminal = os.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "vai.py"), "transcribe", str(path)),
@@ -1082,7 +1082,7 @@ async def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
     shown = os.read(leader, 4096).decode()
     os.close(leader)
     os.close(terminal)
-    assert (process.returncode, out.decode()) == (0, "[wait 1.5]\n")
+    assert (process.returncode, out.decode()) == (0, "[wait 1]\n")
     assert f"transcribing {path}" in shown
     assert shown.endswith("\r\x1b[K")
 
@@ -1093,7 +1093,7 @@ async def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
         (("speak", "!?", "-o", "-"), 2, "text: there is nothing"),
         (("speak", "Hi.", "-o", "/nonexistent/x.wav"), 2, "cannot write"),
         (("transcribe", "/nonexistent.wav"), 2, "cannot read"),
-        (("speak", r"\[error 503\]", "-o", "-"), 1, "cartesia"),
+        (("speak", r"\[error 402\]", "-o", "-"), 1, "cartesia"),
     ],
 )
 async def test_commands_that_fail(
