@@ -56,6 +56,8 @@ __all__ = [
     "Adapter",
     "Aliases",
     "Attempt",
+    "AudioDelta",
+    "AudioError",
     "AuthenticationError",
     "CitationsDelta",
     "ContentBlock",
@@ -98,6 +100,7 @@ __all__ = [
     "ThinkingText",
     "Timeouts",
     "ToolUse",
+    "TranscriptDelta",
     "Transport",
     "Upstream",
     "Usage",
@@ -841,8 +844,10 @@ class SearchResultBlock(_Request):
 
 
 class AudioBlock(_Request):
+    """A recording. What an assistant said is its `transcript`, or the text beside it: it needs no `source`."""
+
     type: Literal["audio"]
-    source: Base64Source
+    source: Base64Source | None = None
     transcript: str | None = None
 
 
@@ -934,6 +939,11 @@ class MessageParam(_Request):
     @functools.cached_property
     def _spoken(self) -> list[Block]:
         return [TextBlock(text=str(self.content))]
+
+
+def spoken_text(message: MessageParam) -> str:
+    """What the recordings of a message say, as far as that is written down."""
+    return "".join(block.transcript or "" for block in message.blocks if isinstance(block, AudioBlock))
 
 
 class FunctionTool(_Request):
@@ -1359,6 +1369,8 @@ def _check_role(role: str, block: Block, place: str) -> None:
         raise InvalidRequestError(
             f"{place}.type: {block.type} does not belong in a {role} message", param=f"{place}.type"
         )
+    if role != "assistant" and isinstance(block, AudioBlock) and block.source is None:
+        raise InvalidRequestError(f"{place}.source: is required", param=f"{place}.source")
 
 
 def _check_block(block: Block, place: str) -> None:
@@ -1370,6 +1382,7 @@ def _check_block(block: Block, place: str) -> None:
             inner_place = f"{place}.content[{k}]"
             if isinstance(inner, (ToolUseBlock, ToolResultBlock, ThinkingBlock, RedactedThinkingBlock)):
                 raise InvalidRequestError(f"{inner_place}.type: not in a tool result", param=f"{inner_place}.type")
+            _check_role("user", inner, inner_place)
             _check_block(inner, inner_place)
 
 
@@ -1405,8 +1418,6 @@ def _check_options(request: MessageRequest) -> None:
     thinking = request.thinking
     if thinking and thinking.type == "enabled" and thinking.budget_tokens is None:
         raise InvalidRequestError("thinking.budget_tokens: is required", param="thinking.budget_tokens")
-    if request.voice is not None:
-        raise InvalidRequestError("voice is not supported yet", code="unsupported_feature", param="voice")
     if request.output_format and request.json_schema in (None, {}):
         raise InvalidRequestError("output_format.json_schema: is required", param="output_format.json_schema")
     for provider, extra in request.extensions.items():
@@ -1455,10 +1466,10 @@ class ThinkingText(_Response):
 
 
 class Media(_Response):
-    """A generated image, or speech with its `transcript`."""
+    """A generated image, or speech with its `transcript`. In a stream `audio_delta` events hold the sound of speech."""
 
     type: Literal["image", "audio"]
-    source: JSON
+    source: JSON = {}
     transcript: str | None = None
 
 
@@ -1500,7 +1511,10 @@ class Usage(_Response):
 
 
 class Message(_Response):
-    """The answer. `dropped` names the advisory fields of the request that the provider does not take."""
+    """The answer. `dropped` names the advisory fields of the request that the provider does not take.
+
+    With `voice`, `metadata` holds `user_transcript`, and `audio_error` where the answer could not be spoken.
+    """
 
     id: str
     type: Literal["message"] = "message"
@@ -1510,6 +1524,7 @@ class Message(_Response):
     stop_reason: str | None = None
     stop_sequence: str | None = None
     usage: Usage
+    metadata: JSON | None = None
 
     _dropped: list[str] = PrivateAttr(default_factory=list)
     _request_id: str | None = PrivateAttr(default=None)
@@ -1675,8 +1690,52 @@ class Ping:
         return {"type": self.type}
 
 
+@dataclass(slots=True)
+class TranscriptDelta:
+    """What the user was heard to say; it comes before `message_start`."""
+
+    text: str
+    type: ClassVar[Literal["transcript_delta"]] = "transcript_delta"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "role": "user", "delta": {"text": self.text}}
+
+
+@dataclass(slots=True)
+class AudioDelta:
+    """The next bytes of the answer as speech. Joined they are a file; a WAV file's header leaves the length open."""
+
+    data: bytes = field(repr=False)
+    format: str
+    sample_rate: int
+    type: ClassVar[Literal["audio_delta"]] = "audio_delta"
+
+    def to_wire(self) -> JSON:
+        data = base64.b64encode(self.data).decode("ascii")
+        return {"type": self.type, "delta": {"data": data, "format": self.format, "sample_rate": self.sample_rate}}
+
+
+@dataclass(slots=True)
+class AudioError:
+    """Why the answer is spoken no further; `error` is that of an error envelope. The text goes on."""
+
+    error: JSON
+    type: ClassVar[Literal["audio_error"]] = "audio_error"
+
+    def to_wire(self) -> JSON:
+        return {"type": self.type, "error": self.error}
+
+
+SpeechEvent: TypeAlias = TranscriptDelta | AudioDelta | AudioError
 StreamEvent: TypeAlias = (
-    MessageStart | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop | Ping
+    MessageStart
+    | ContentBlockStart
+    | ContentBlockDelta
+    | ContentBlockStop
+    | MessageDelta
+    | MessageStop
+    | Ping
+    | SpeechEvent
 )
 
 
@@ -1707,6 +1766,13 @@ def event_from_wire(data: JSON) -> StreamEvent | None:
             return MessageStop()
         case "ping":
             return Ping()
+        case "transcript_delta":
+            return TranscriptDelta(data["delta"]["text"] + "")
+        case "audio_delta":
+            delta = data["delta"]
+            return AudioDelta(base64.b64decode(delta["data"]), delta["format"] + "", delta["sample_rate"] + 0)
+        case "audio_error":
+            return AudioError(dict(data["error"]))
     return None
 
 
@@ -1736,15 +1802,20 @@ def accumulate(events: Iterable[StreamEvent]) -> Message | None:
 class Accumulator:
     """The mirror of `EventBuilder`. `message` is complete up to the last event that was added."""
 
-    def __init__(self) -> None:
-        self.message: Message | None = None
+    def __init__(self, message: Message | None = None) -> None:
+        self.message = message
         self._pieces: list[str] = []
+        self._heard = ""
+        self._audio: list[AudioDelta] = []
 
     def add(self, event: StreamEvent) -> None:
         if isinstance(event, MessageStart):
             self.message = event.message.model_copy(update={"content": []})
+            if self._heard:
+                self._note("user_transcript", self._heard)
             return
         if self.message is None:
+            self._heard += event.text if isinstance(event, TranscriptDelta) else ""
             return
         match event:
             case ContentBlockDelta(delta=TextDelta(piece) | ThinkingDelta(piece) | InputJSONDelta(piece)):
@@ -1752,6 +1823,8 @@ class Accumulator:
             case ContentBlockStart(content_block=block):
                 self.message.content.append(block.model_copy())
                 self._pieces = []
+                if isinstance(block, Media) and not block.source and self._audio:
+                    self.message.content[-1] = Media(**block.to_wire() | {"source": _joined_audio(self._audio)})
             case ContentBlockDelta(delta=delta):
                 self._add_rare(self.message.content[-1], delta)
             case ContentBlockStop():
@@ -1760,6 +1833,14 @@ class Accumulator:
                 for name, value in delta.items():
                     setattr(self.message, name, value)
                 self.message.usage = usage
+            case AudioDelta():
+                self._audio.append(event)
+            case AudioError(error=error):
+                self._note("audio_error", error)
+
+    def _note(self, name: str, value: Any) -> None:
+        if self.message:
+            self.message.metadata = {**(self.message.metadata or {}), name: value}
 
     def settle(self) -> None:
         """Join what has come of the open block."""
@@ -1786,6 +1867,28 @@ class Accumulator:
                 for name, value in raw.items():
                     if name != "type":
                         setattr(block, name, value)
+
+
+def _joined_audio(deltas: Sequence[AudioDelta]) -> JSON:
+    """The source of an audio block."""
+    format = deltas[0].format
+    audio = whole_file(b"".join(delta.data for delta in deltas), format)
+    return {
+        "type": "base64",
+        "media_type": AUDIO_TYPES.get(format, f"audio/{format}").format(deltas[0].sample_rate),
+        "data": base64.b64encode(audio).decode("ascii"),
+    }
+
+
+def whole_file(audio: bytes, format: str) -> bytes:
+    """Speech that was streamed, as a file. A WAV file's length is known now: it goes into the header of 44 bytes."""
+    if format != "wav":
+        return audio
+    size = len(audio) - 44
+    return b"".join((audio[:4], (size + 36).to_bytes(4, "little"), audio[8:40], size.to_bytes(4, "little"), audio[44:]))
+
+
+AUDIO_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg", "pcm": "audio/pcm;rate={}"}
 
 
 def tool_input(arguments: str) -> JSON:
@@ -2422,9 +2525,11 @@ class Adapter:
 
     def refuse(self, feature: str, capability: str, param: str | None = None, block: Any = None) -> Error:
         have = [p.id for p in PROVIDERS.values() if capability in p.capabilities or capability in p.native_tools]
+        hint = "or let it be transcribed, with voice.input" if capability == "audio_input" else ""
         if not have and param == "tools":
             have = ["anthropic"]  # a tool by Anthropic's own name
-        return unsupported(feature, self.id, [id for id in have if id != self.id], param=param, block=block)
+        others = [id for id in have if id != self.id]
+        return unsupported(feature, self.id, others, param=param, hint=hint, block=block)
 
     def level(self, request: MessageRequest) -> str | None:
         """The reasoning effort to send; None to send none."""
@@ -2942,6 +3047,8 @@ def anthropic_messages(request: MessageRequest) -> list[JSON]:
                 for block, raw in zip(message.blocks, content, strict=True)
                 if (b := _anthropic_block(message.role, block, raw))
             ]
+            if message.role == "assistant" and not kept and (said := spoken_text(message)):
+                kept = [{"type": "text", "text": said}]
             content = kept if kept != content else content
             results_first = sorted(content, key=lambda b: b.get("type") != "tool_result")
             content = results_first if message.role == "user" and results_first != content else content
@@ -3375,9 +3482,7 @@ def _chat_assistant(message: MessageParam, adapter: Chat) -> JSON | None:
     if isinstance(message.content, str):
         return {"role": "assistant", "content": message.content} if message.content else None
     blocks = message.content
-    text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
-    if not text:
-        text = "".join(block.transcript or "" for block in blocks if isinstance(block, AudioBlock))
+    text = "".join(block.text for block in blocks if isinstance(block, TextBlock)) or spoken_text(message)
     calls = [
         {
             "id": portable_id(block.id),
@@ -3442,7 +3547,7 @@ def chat_parts(block: Block, adapter: Chat) -> list[JSON]:
             raise unsupported("a document by URL", adapter.id, others, param="messages", block=block)
         case DocumentBlock():
             raise adapter.refuse("a document", "documents", "messages", block)
-        case AudioBlock(source=source):
+        case AudioBlock(source=Base64Source() as source):
             spoken = AUDIO_FORMATS.get(source.media_type.partition(";")[0].strip().lower())
             if not adapter.audio or not spoken:
                 raise adapter.refuse(f"{source.media_type} input", "audio_input", "messages", block)

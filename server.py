@@ -3,7 +3,7 @@
     python server.py --sandbox          # everything, without a key or a network
     python server.py --config vai.toml
 
-Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` lists them all. Needs vai.py and
+Flags stand over the environment over `vai.toml` over the defaults; `OPTIONS` lists them all. Needs vai.py, voice.py and
 providers.py beside it, pydantic and aiohttp; uvloop and prometheus-client are used where they are installed. For
 several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
+import base64
 import collections
 import contextlib
 import contextvars
@@ -66,9 +67,10 @@ from pydantic_core import PydanticCustomError
 if TYPE_CHECKING or not __package__:
     import providers
     import vai
+    import voice
     from providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 else:
-    from . import providers, vai
+    from . import providers, vai, voice
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 if TYPE_CHECKING:
     from pydantic_core import core_schema
@@ -79,6 +81,7 @@ if getattr(vai, "__version__", None) != __version__:
     raise ImportError(f"server.py {__version__} needs its own vai.py; version {found} is at {vai.__file__}")
 
 T = TypeVar("T")
+UPSTREAMS = (*PROVIDERS, *voice.SPEECH)  # the ids of all that a gateway may have a key for
 logger = logging.getLogger("vai.server")
 access = logging.getLogger("vai.access")
 
@@ -340,8 +343,8 @@ def _config_error(fault: ValidationError, sources: Mapping[str, str]) -> ConfigE
 def _check_config(config: Config, sources: Mapping[str, str]) -> None:
     source = sources.get("", "configuration")
     for name in config.providers:
-        if name not in PROVIDERS:
-            raise ConfigError(f"{source}: providers.{name}: unknown provider; known: {', '.join(PROVIDERS)}")
+        if name not in UPSTREAMS:
+            raise ConfigError(f"{source}: providers.{name}: unknown provider; known: {', '.join(UPSTREAMS)}")
     for name, models in config.aliases.items():
         try:
             providers.alias_models(name, models)
@@ -500,12 +503,17 @@ def presented_key(request: web.Request) -> providers.Secret | None:
     return providers.Secret(given[0].strip()) if len(given) == 1 else None
 
 
-def provider_keys(request: web.Request, caller: Caller, asked: vai.MessageRequest) -> dict[str, providers.Secret]:
-    """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider."""
-    prefix, byok = "x-provider-key-", PROVIDERS[asked.provider].byok
+def provider_keys(
+    request: web.Request, caller: Caller, byok: Sequence[str], brought: Mapping[str, str]
+) -> dict[str, providers.Secret]:
+    """The keys that came in headers; in passthrough mode the caller's own, unless one was brought for the provider.
+
+    `byok` are the names under which the provider's key may come, `brought` the keys in the body.
+    """
+    prefix = "x-provider-key-"
     given = ((name.lower(), value) for name, value in request.headers.items())
     keys = vai.byok({name.removeprefix(prefix): providers.Secret(v) for name, v in given if name.startswith(prefix)})
-    if caller.key and not (keys.keys() | vai.byok(asked.provider_keys).keys()) & set(byok):
+    if caller.key and not (keys.keys() | vai.byok(brought).keys()) & set(byok):
         keys |= vai.byok({byok[-1]: caller.key})  # the name that the provider's two wire formats share
     return keys
 
@@ -1331,10 +1339,13 @@ def header_safe(value: object, limit: int = 512) -> str:
     return text[:limit]
 
 
-async def read_body(request: web.Request, limits: LimitsSection, seconds: float) -> JSON:
-    """The JSON body, checked while it is read: type, encoding, size, time, depth."""
-    if request.content_type != "application/json":
-        message = "the Content-Type must be application/json"
+async def read_body(request: web.Request, limits: LimitsSection, seconds: float, *, forms: bool = False) -> JSON:
+    """The body, JSON or (with `forms`) a form, checked while it is read: type, encoding, size, time, depth."""
+    read: Callable[[bytes, LimitsSection], JSON] = read_keys
+    if forms and request.content_type == "multipart/form-data":
+        read = functools.partial(read_form, content_type=request.headers["Content-Type"])
+    elif request.content_type != "application/json":
+        message = f"the Content-Type must be application/json{' or multipart/form-data' * forms}"
         raise InvalidRequestError(message, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise compressed()
@@ -1364,7 +1375,7 @@ async def read_body(request: web.Request, limits: LimitsSection, seconds: float)
         raise InvalidRequestError("the body is malformed: its length or its chunks", code="malformed_body") from None
     raw = b"".join(parts)
     try:
-        body = await off_loop(size, read_keys, raw, limits)
+        body = await off_loop(size, read, raw, limits)
     except Error as fault:
         raise fault.with_traceback(None) from None
     finally:
@@ -1403,6 +1414,44 @@ def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
     if "provider_keys" in body:
         body["provider_keys"] = _hidden(body["provider_keys"])
     return body
+
+
+def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
+    """A form as the object that would have said the same: its `file` is `audio`, in bytes (RFC 7578)."""
+    found = re.search(r'(?i)[;\s]boundary=(?:"([^"\r\n]{1,70})"|([^\s;"]{1,70}))', content_type)
+    mark = b"\r\n--" + (found[1] or found[2]).encode("utf-8", "surrogateescape") if found else b""
+    _, *parts = (b"\r\n" + raw).split(mark, 34) if mark else [b""]
+    if len(parts) > 33:
+        raise InvalidRequestError("the form has over 32 fields", code="malformed_form")
+    if not parts or not parts[-1].startswith(b"--"):
+        raise InvalidRequestError("the form is cut short, or not one", code="malformed_form")
+    body: JSON = {}
+    for part in parts[:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        named = re.search(
+            rb'(?i)\r\ncontent-disposition:[ \t]*form-data;(?:[^\r\n]*;)?[ \t]*name="?([^"\r\n;]{1,64})', head
+        )
+        if not named:
+            raise InvalidRequestError("a field of the form has no name", code="malformed_form")
+        name = named[1].decode("utf-8", "replace")
+        if name in body:
+            raise InvalidRequestError(f"{header_safe(name)}: is in the form twice", param=header_safe(name))
+        body[name] = data if name == "file" else _form_value(name, data)
+    if "file" not in body or "audio" in body:
+        raise InvalidRequestError("file: is required, and no audio beside it", param="file")
+    body["audio"] = body.pop("file")
+    return body
+
+
+def _form_value(name: str, data: bytes) -> Any:
+    """What a field's text stands for."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequestError(f"{header_safe(name)}: is not text", param=header_safe(name)) from None
+    if name == "sample_rate" and re.fullmatch(r"[0-9]{1,9}", text):
+        return int(text)
+    return {"true": True, "false": False}.get(text, text) if name == "timestamps" else text
 
 
 def _hidden(value: Any) -> Any:
@@ -1623,7 +1672,7 @@ class Health(BaseModel):
     status: Literal["healthy", "draining"]
     version: str
     providers: dict[str, Configured]
-    voice: dict[str, Configured] = {"cartesia": Configured(configured=False)}
+    voice: dict[str, Configured]
     live: LiveState = LiveState()
     uptime_seconds: int
 
@@ -1683,11 +1732,13 @@ class Gateway:
         if caller.models is not None:
             for route in (asked, *asked.fallbacks):
                 caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
-        keys = provider_keys(request, caller, asked)
+            if asked.voice:
+                for settings in self.engine.read_voice(asked).used:
+                    caller.check_model(voice.model_of(settings))
+        keys = provider_keys(request, caller, PROVIDERS[asked.provider].byok, asked.provider_keys)
         if not asked.stream:
             return await self._create(request, asked, keys)
-        with self.metrics.streaming:
-            return await self._stream(request, asked, keys)
+        return await self._stream(request, functools.partial(self._copy, request, asked, keys))
 
     def _check_counts(self, body: JSON) -> None:
         limits = self.config.limits
@@ -1708,12 +1759,11 @@ class Gateway:
         }
         return json_response(answer, headers=headers)
 
-    async def _stream(
-        self, request: web.Request, asked: vai.MessageRequest, keys: Mapping[str, str]
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, copy: Callable[[EventWriter], Awaitable[None]]) -> web.StreamResponse:
         out = EventWriter(request, self.config.sse.ping_interval)
         try:
-            await self._copy(request, asked, keys, out)
+            with self.metrics.streaming:
+                await copy(out)
         except Exception as raised:
             if out.response is None or isinstance(raised, ConnectionError):
                 raise
@@ -1749,6 +1799,53 @@ class Gateway:
         finally:
             stream.close()
 
+    # -- POST /v1/audio ---------------------------------------------------------------------------------------------
+
+    async def audio(self, request: web.Request) -> web.StreamResponse:
+        caller = await self.admit(request)
+        exchange = request[EXCHANGE]
+        body = await read_body(request, self.config.limits, self.config.timeouts.body, forms=True)
+        asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
+        del body
+        model = voice.model_of(asked)
+        exchange.provider, _, exchange.model = model.partition("/")
+        caller.check_model(model)
+        keys = provider_keys(request, caller, voice.SPEECH[asked.provider].byok, asked.provider_keys)
+        if isinstance(asked, voice.SynthesisRequest) and asked.stream:
+            return await self._stream(request, functools.partial(self._copy_speech, request, asked, keys))
+        answer: voice.Transcription | voice.Speech
+        if isinstance(asked, voice.TranscriptionRequest):
+            answer, size = await self.engine.transcribe(asked, keys), 0
+        else:
+            answer = await self.engine.synthesize(asked, keys)
+            size = len(answer.audio)
+        headers = {"X-Model": header_safe(model), "X-Duration-Ms": str(exchange.milliseconds)}
+        if isinstance(answer, voice.Speech) and wants_audio(request):
+            return web.Response(body=answer.audio, headers={**headers, "Content-Type": answer.content_type})
+        raw = await off_loop(size, lambda: providers.dumps(answer.to_wire()))
+        return web.Response(body=raw, headers=headers, content_type="application/json")
+
+    async def _copy_speech(
+        self, request: web.Request, asked: voice.SynthesisRequest, keys: Mapping[str, str], out: EventWriter
+    ) -> None:
+        exchange = request[EXCHANGE]
+        stream = await self.engine.open_speech(asked, keys)
+        try:
+            out.headers = {"X-Model": header_safe(voice.model_of(asked))}
+            index = 0
+            async for event in stream:
+                if isinstance(event, voice.Audio):
+                    exchange.first_token = exchange.first_token or exchange.seconds
+                    data = base64.b64encode(event.data).decode("ascii")
+                    chunk = {"data": data, "index": index, "format": asked.format, "sample_rate": asked.sample_rate}
+                    await out.write(event_frame("audio_chunk", chunk))
+                    index += 1
+            await out.write(event_frame("done", {"duration_seconds": stream.duration}))
+            await out.end()
+            exchange.status, exchange.sent = 200, out.sent
+        finally:
+            stream.close()
+
     @staticmethod
     def _shutdown_error() -> Error:
         return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
@@ -1769,13 +1866,14 @@ class Gateway:
         if capability is not None:
             rows = [r for r in rows if r["capabilities"].get(capability) or capability in r["native_tools"]]
         none: JSON = {"data": [], "has_more": False}  # Anthropic's SDKs look for a catalogue here, which vai has not
-        return json_response({"providers": rows, "aliases": listed.aliases, "voice": {"stt": [], "tts": []}} | none)
+        return json_response({"providers": rows, "aliases": listed.aliases, "voice": listed.voice} | none)
 
     async def health(self, request: web.Request) -> web.Response:
         state = Health(
             status="draining" if self.draining else "healthy",
             version=providers.__version__,
             providers={id: Configured(configured=self.engine.available(id)) for id in PROVIDERS},
+            voice={id: Configured(configured=known) for id, known in self.engine.speech.available.items()},
             uptime_seconds=int(time.monotonic() - self.started),
         )
         return json_response(state.model_dump(), status=503 if self.draining else 200)
@@ -1880,6 +1978,16 @@ class Gateway:
             await asyncio.wait_for(self.idle.wait(), 2)
 
 
+def event_frame(kind: str, data: JSON) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode("ascii"), providers.dumps({"type": kind, **data}))
+
+
+def wants_audio(request: web.Request) -> bool:
+    """Whether the caller would rather have the bytes of a sound file than JSON around them."""
+    kinds = [kind.partition(";")[0].strip().lower() for kind in request.headers.get("Accept", "").split(",")]
+    return any(kind.startswith("audio/") for kind in kinds) and "application/json" not in kinds
+
+
 def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
     names = ", ".join(dropped)
     return {"X-Vai-Dropped": header_safe(names, 1024)} if names else {}
@@ -1889,7 +1997,7 @@ def dropped_header(dropped: Iterable[str]) -> dict[str, str]:
 
 SCHEMAS = "#/components/schemas/"
 EXAMPLE = {"model": "anthropic/claude-sonnet-5-5", "messages": [{"role": "user", "content": "Hello!"}]}
-KEY_HEADERS = [vai.byok_header(provider) for provider in PROVIDERS]
+KEY_HEADERS = [vai.byok_header(provider) for provider in UPSTREAMS]
 HEADERS = {
     "X-Request-ID": "The caller's, or one of the gateway's own. Also as `request-id`.",
     "X-Model": "The provider and the model that answered.",
@@ -1987,6 +2095,33 @@ def openapi(config: Config) -> JSON:
             "404": _refusal(404, "Metrics are off, or their library is not installed."),
         },
     }
+    audio: JSON = {
+        "summary": "Transcribe a recording, or speak a text",
+        "operationId": "createAudio",
+        "parameters": [_header(vai.byok_header(id), "A key of the caller's own for speech.") for id in voice.SPEECH],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"anyOf": [_ref("TranscriptionRequest"), _ref("SynthesisRequest")]},
+                    "example": {"text": "Hello there.", "format": "mp3"},
+                },
+                "multipart/form-data": {"schema": _ref("TranscriptionForm")},
+            },
+        },
+        "responses": {
+            "200": {
+                "description": "What was said, or the speech; `stream` makes it events, `Accept: audio/*` the bytes.",
+                "headers": _headers("X-Request-ID", "X-Model", "X-Duration-Ms", *RATE_HEADERS),
+                "content": {
+                    "application/json": {"schema": {"anyOf": [_ref("Transcription"), _ref("Synthesis")]}},
+                    "text/event-stream": {"x-event-schema": _ref("SpeechEvent")},
+                    "audio/*": {},
+                },
+            },
+            **_refusals(*ERROR_STATUSES),
+        },
+    }
     document: JSON = {
         "summary": "This document",
         "operationId": "getOpenAPI",
@@ -2003,6 +2138,7 @@ def openapi(config: Config) -> JSON:
         "servers": [{"url": "/"}],
         "paths": {
             "/v1/messages": {"post": messages | secured},
+            "/v1/audio": {"post": audio | secured},
             "/v1/models": {"get": models | secured},
             "/health": {"get": health},
             "/metrics": {"get": metrics | (secured if config.metrics.require_key else {})},
@@ -2021,7 +2157,10 @@ def openapi(config: Config) -> JSON:
 
 def _schemas(limits: LimitsSection) -> JSON:
     """The schemas: of the models that check requests and make answers, and of what is no model."""
-    models = (providers.MessageRequest, providers.Message, vai.Models, Health)
+    models = (
+        *(providers.MessageRequest, providers.Message, vai.Models, Health),
+        *(voice.Voice, voice.TranscriptionRequest, voice.SynthesisRequest),
+    )
     _, made = models_json_schema(
         [(model, "validation") for model in models], ref_template=SCHEMAS + "{model}", schema_generator=_Schemas
     )
@@ -2035,7 +2174,7 @@ def _schemas(limits: LimitsSection) -> JSON:
         if name not in asked["required"] and {"type": "null"} not in schema.get("anyOf", ()):
             asked["properties"][name] = {"anyOf": [schema, {"type": "null"}]}  # null is as good as nothing
     message["description"] = "The answer."
-    message["required"] = sorted(message["properties"])
+    message["required"] = sorted(message["properties"].keys() - {"metadata"})
     schemas["Usage"]["required"] = sorted(schemas["Usage"]["properties"])
     schemas["ContentBlock"] = message["properties"]["content"]["items"]
     message["properties"]["content"]["items"] = _ref("ContentBlock")
@@ -2043,12 +2182,13 @@ def _schemas(limits: LimitsSection) -> JSON:
     listed["properties"] |= {"data": empty, "has_more": {"const": False}}
     listed["required"] = sorted(listed["properties"])
     schemas["Health"]["required"] = sorted(schemas["Health"]["properties"])
-    return schemas | _event_schemas() | {"Error": _error_schema()}
+    asked["properties"]["voice"] = {"anyOf": [_ref("Voice"), {"type": "null"}]}
+    return schemas | _event_schemas() | _speech_schemas(schemas) | {"Error": _error_schema()}
 
 
 def _error_schema() -> JSON:
     text = {"type": "string"}
-    fields = {"message": text, "param": text, "code": text, "provider": {"enum": list(PROVIDERS)}, "request_id": text}
+    fields = {"message": text, "param": text, "code": text, "provider": {"enum": list(UPSTREAMS)}, "request_id": text}
     kinds = {"type": {"enum": list(providers.ERRORS)}, "retry_after": {"type": "integer", "minimum": 0}}
     error = _object(fields | kinds | {"provider_error": {}}, "type", "message", "request_id")
     error["additionalProperties"] = False
@@ -2057,7 +2197,7 @@ def _error_schema() -> JSON:
 
 
 def _event_schemas() -> JSON:
-    index = {"type": "integer", "minimum": 0}
+    index, text = {"type": "integer", "minimum": 0}, {"type": "string"}
     stop = _object({name: {"type": ["string", "null"]} for name in ("stop_reason", "stop_sequence")}, "stop_reason")
     events: dict[str, JSON] = {
         "message_start": {"message": _ref("Message")},
@@ -2067,6 +2207,9 @@ def _event_schemas() -> JSON:
         "message_delta": {"delta": stop, "usage": _ref("Usage")},
         "message_stop": {},
         "ping": {},
+        "transcript_delta": {"role": {"const": "user"}, "delta": _object({"text": text}, "text")},
+        "audio_delta": {"delta": _object({"data": BASE64, **SOUND}, "data", *SOUND)},
+        "audio_error": {"error": {"type": "object"}},
     }
     deltas: list[JSON] = [{"type": "object", "required": ["type"], "description": "One that vai does not know."}]
     for kind in (each for each in get_args(providers.Delta) if each is not providers.OtherDelta):
@@ -2077,6 +2220,36 @@ def _event_schemas() -> JSON:
         for kind, fields in events.items()
     }
     return {"Delta": {"anyOf": deltas}, **named, "StreamEvent": {"anyOf": [_ref(name) for name in (*named, "Error")]}}
+
+
+BASE64: JSON = {"type": "string", "contentEncoding": "base64"}
+SOUND: JSON = {"format": {"enum": ["wav", "mp3", "pcm"]}, "sample_rate": {"type": "integer"}}
+
+
+def _speech_schemas(schemas: JSON) -> JSON:
+    text, seconds = {"type": "string"}, {"type": "number", "minimum": 0}
+    schemas["TranscriptionRequest"]["properties"]["audio"] = BASE64
+    form = {**schemas["TranscriptionRequest"]["properties"], "file": {"type": "string", "format": "binary"}}
+    word = _object({"word": text, "start": seconds, "end": seconds}, "word", "start", "end")
+    transcription = {
+        "type": {"const": "transcription"},
+        "text": text,
+        "language": {"type": ["string", "null"]},
+        "duration_seconds": seconds,
+        "words": {"type": "array", "items": word},
+    }
+    synthesis = {"type": {"const": "synthesis"}, "audio": BASE64, **SOUND, "duration_seconds": seconds}
+    chunk = {"type": {"const": "audio_chunk"}, "data": BASE64, "index": {"type": "integer", "minimum": 0}, **SOUND}
+    done = {"type": {"const": "done"}, "duration_seconds": seconds}
+    events = [_object(fields, *fields) for fields in (chunk, done)]
+    return {
+        "TranscriptionForm": _object(
+            {name: form[name] for name in form if name not in ("audio", "provider_keys")}, "file"
+        ),
+        "Transcription": _object(transcription, *transcription),
+        "Synthesis": _object(synthesis, *synthesis),
+        "SpeechEvent": {"anyOf": [*events, _ref("Ping"), _ref("Error")]},
+    }
 
 
 def _object(properties: JSON, *required: str) -> JSON:
@@ -2127,7 +2300,7 @@ GATEWAY = web.AppKey("gateway", Gateway)
 def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
     """The engine of this configuration. In passthrough mode it has no keys of its own to fall back on."""
     times = config.timeouts
-    return vai.Direct(
+    engine = vai.Direct(
         provider_keys={id: section.api_key for id, section in config.providers.items() if section.api_key},
         base_urls={id: section.base_url for id, section in config.providers.items() if section.base_url},
         aliases=config.aliases,
@@ -2137,6 +2310,8 @@ def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
         own_keys=False,
         keyless=config.auth.mode == "passthrough",
     )
+    _ = engine.speech  # a key or an address that cannot be one stops the start
+    return engine
 
 
 async def _expect_nothing(request: web.Request) -> None:
@@ -2148,6 +2323,7 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app = web.Application(middlewares=[gateway.observe])
     app[GATEWAY] = gateway
     app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
+    app.router.add_post("/v1/audio", gateway.audio, expect_handler=_expect_nothing)
     app.router.add_get("/v1/models", gateway.models, expect_handler=_expect_nothing)
     app.router.add_get("/health", gateway.health, expect_handler=_expect_nothing)
     app.router.add_get("/metrics", gateway.show_metrics, expect_handler=_expect_nothing)
@@ -2333,6 +2509,8 @@ def described(gateway: Gateway) -> list[tuple[str, str]]:
         also = f" (no key for {lacking})" if ready and lacking else ""
         none = "none has a key: bring one with each request, or set OPENAI_API_KEY …"
         lines.append(("providers", f"{', '.join(ready)}{also}" if ready else none))
+        spoken = ", ".join(id for id, known in gateway.engine.speech.available.items() if known)
+        lines.append(("speech", spoken or "no key: set CARTESIA_API_KEY, or bring one with each request"))
     for name, models in config.aliases.items():
         lines.append(("alias", f"{name} = {models if isinstance(models, str) else ', then '.join(models)}"))
     limits, times = config.limits, config.timeouts

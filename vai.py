@@ -6,11 +6,12 @@
     message = client.messages.create(model="anthropic/claude-sonnet-5-5", messages="What is the capital of France?")
     print(message.text, message.usage.total_tokens)
 
-Needs providers.py beside it, pydantic and aiohttp. Whatever providers.py makes public is importable from here.
+Needs providers.py beside it, pydantic and aiohttp; for speech voice.py, which is loaded when it is first asked for.
+Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
     tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous
-    client · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
+    client · speech · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
     the command line
 """
 
@@ -90,6 +91,22 @@ else:
     from . import providers
     from .providers import *
 
+if TYPE_CHECKING:
+    import voice
+else:
+
+    class _Voice:
+        """voice.py, loaded when something of it is first asked for: without speech it is not needed."""
+
+        def __getattr__(self, name: str) -> Any:
+            if __package__:
+                from . import voice as module
+            else:
+                import voice as module
+            return getattr(module, name)
+
+    voice = _Voice()
+
 __version__ = "0.1.0"
 if getattr(providers, "__version__", None) != __version__:
     found = getattr(providers, "__version__", "unknown")
@@ -101,6 +118,7 @@ __all__ = [
     "AsyncConversation",
     "AsyncMessageStream",
     "AsyncRun",
+    "AsyncSpeechStream",
     "Client",
     "Conversation",
     "Direct",
@@ -121,6 +139,7 @@ __all__ = [
     "RunFields",
     "RunOptions",
     "RunResult",
+    "SpeechStream",
     "Step",
     "StepComplete",
     "StepStart",
@@ -715,8 +734,10 @@ def request_body(model: str, messages: Messages, fields: Mapping[str, Any]) -> J
 
 
 def _turn(turn: Turn) -> Any:
+    """A message of the history. Speech stays out of it where the text that was spoken stands beside it."""
     if isinstance(turn, Message):
-        return {"role": "assistant", "content": [block.to_wire() for block in turn.content]}
+        kept = [block for block in turn.content if block.type != "audio" or not turn.text]
+        return {"role": "assistant", "content": [block.to_wire() for block in kept]}
     return _plain(turn)
 
 
@@ -749,6 +770,22 @@ class Engine(Protocol):
     async def open(self, request: Any, keys: Mapping[str, str] | None = None) -> EventStream: ...
     async def models(self) -> Models: ...
     async def close(self) -> None: ...
+
+    # Speech: `body` is that of `POST /v1/audio`, whose `audio` may be bytes.
+    def parse_audio(self, body: JSON) -> Any: ...
+    async def transcribe(self, request: Any, keys: Mapping[str, str] | None = None) -> voice.Transcription: ...
+    async def synthesize(self, request: Any, keys: Mapping[str, str] | None = None) -> voice.Speech: ...
+    async def open_speech(self, request: Any, keys: Mapping[str, str] | None = None) -> Audible: ...
+
+
+class Audible(Protocol):
+    """Speech as it comes: iterate for what has the bytes in `data`. `duration` is in seconds of what came so far."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def __anext__(self) -> Any: ...
+    @property
+    def duration(self) -> float: ...
+    def close(self) -> None: ...
 
 
 class ProviderInfo(BaseModel):
@@ -883,13 +920,114 @@ class EventStream:
     @property
     def model(self) -> str:
         """The model that answers, as far as it has said so."""
-        first = self._ready[0] if self._ready else None
-        return first.message.model if isinstance(first, MessageStart) else ""
+        return next((event.message.model for event in self._ready if isinstance(event, MessageStart)), "")
 
     @property
     def usage(self) -> Usage | None:
         """What it cost, once the answer is whole."""
         return self._decoder.build.usage
+
+
+class SpokenStream(EventStream):
+    """An answer that is spoken while it comes in: its text as it comes, and audio as soon as there is some.
+
+    What ends the message waits for the end of the speech, nothing else does.
+    """
+
+    def __init__(self, answer: EventStream, speaker: voice.Speaker) -> None:
+        self.dropped = answer.dropped
+        self.request_id = answer.request_id
+        self._answer = answer
+        self._speaker = speaker
+        self._reading: asyncio.Task[list[StreamEvent]] | None = None
+        self._hearing: asyncio.Task[AudioDelta | AudioError | None] | None = None
+        self._blocks = 0
+        self._last: list[StreamEvent] = []  # what ends the message, as far as it has come
+        self._written = False  # all of the answer has come
+        self._silent = False  # all of it was spoken
+        self._over = False
+
+    async def __anext__(self) -> list[StreamEvent]:
+        while not (self._written and self._silent):
+            if events := await self._next():
+                return events
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        return [*self._spoken_block(), *self._last]
+
+    async def _next(self) -> list[StreamEvent]:
+        """What comes first: more of the answer, or the next piece of its speech."""
+        if not self._written and self._reading is None:
+            self._reading = self._awaited(anext(self._answer))
+        if not self._silent and self._hearing is None:
+            self._hearing = self._awaited(self._speaker.next())
+        await asyncio.wait(
+            [task for task in (self._reading, self._hearing) if task], return_when=asyncio.FIRST_COMPLETED
+        )
+        events: list[StreamEvent] = []
+        if self._reading and self._reading.done():
+            read, self._reading = self._reading, None
+            events += self._read_out(read.result())
+        if self._hearing and self._hearing.done():
+            heard, self._hearing = self._hearing, None
+            piece = heard.result()
+            self._silent = piece is None
+            events += [piece] if piece else []
+        return events
+
+    @staticmethod
+    def _awaited(work: Awaitable[T]) -> asyncio.Task[T]:
+        async def wait() -> T:
+            return await work
+
+        task = asyncio.create_task(wait())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to see it
+        return task
+
+    def _read_out(self, events: Iterable[StreamEvent]) -> list[StreamEvent]:
+        """Hands text on to be spoken. Thinking and tool calls are never spoken; they end a sentence."""
+        passed: list[StreamEvent] = []
+        for event in events:
+            match event:
+                case MessageDelta() | MessageStop():
+                    if not self._last:
+                        self._speaker.end()
+                    self._last.append(event)
+                    self._written = isinstance(event, MessageStop)
+                    continue
+                case ContentBlockDelta(delta=TextDelta(piece)):
+                    self._speaker.feed(piece)
+                case ContentBlockStart(content_block=block):
+                    self._blocks += 1
+                    if not isinstance(block, Text):
+                        self._speaker.pause()
+                    elif block.text:
+                        self._speaker.feed(block.text)
+            passed.append(event)
+        return passed
+
+    def _spoken_block(self) -> list[StreamEvent]:
+        block = self._speaker.block
+        return [ContentBlockStart(self._blocks, block), ContentBlockStop(self._blocks)] if block else []
+
+    async def finish(self) -> None:
+        await self._answer.finish()
+
+    def close(self) -> None:
+        for task in (self._reading, self._hearing):
+            if task:
+                task.cancel()
+        self._speaker.stop()
+        self._answer.close()
+
+    @property
+    def model(self) -> str:
+        return self._answer.model
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._answer.usage
 
 
 def _cut(fault: Error, code: str) -> Error:
@@ -936,6 +1074,15 @@ class Direct:
     ) -> None:
         environ = os.environ if environ is None else environ
         given = byok(provider_keys or {})
+
+        def configured(adapter: Adapter | voice.SpeechAdapter) -> tuple[Secret | None, str]:
+            """The key, if there is one, and the base URL."""
+            found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
+            key = next((key.strip() for key in found if key and key.strip() and not keyless), None)
+            checked = _checked_key(key, f"the key for {adapter.id}") if key else None
+            return checked, _base_url(adapter, base_urls or {}, environ)
+
+        self._configured = configured
         self.aliases = dict(aliases or {})
         for name, models in self.aliases.items():
             providers.alias_models(name, models)
@@ -944,10 +1091,9 @@ class Direct:
         self.keys: dict[str, Secret] = {}
         self.base_urls: dict[str, str] = {}
         for adapter in PROVIDERS.values():
-            found = [given.get(name) for name in adapter.byok] + [environ.get(name) for name in adapter.key_env]
-            if not keyless and (key := next((key.strip() for key in found if key and key.strip()), None)):
-                self.keys[adapter.id] = _checked_key(key, f"the key for {adapter.id}")
-            self.base_urls[adapter.id] = _base_url(adapter, base_urls or {}, environ)
+            key, self.base_urls[adapter.id] = configured(adapter)
+            if key:
+                self.keys[adapter.id] = key
         self.login = GoogleLogin.from_environ(environ)
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
@@ -960,17 +1106,37 @@ class Direct:
         for name, value in kept.items():
             if len(value) > 1024 or not re.fullmatch(r"[\x20-\x7e]*", value):
                 raise InvalidRequestError(f"the header {name} is not a plain list of names", param=name)
-        return providers.parse_request(body, headers=kept, aliases=self.aliases)
+        request = providers.parse_request(body, headers=kept, aliases=self.aliases)
+        if request.voice:
+            self.read_voice(request)
+        return request
 
     async def create(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> Message:
-        return await self._first_of(request, keys or {}, self._create)
+        if not request.voice:
+            return await self._first_of(request, keys or {}, self._create)
+        speaker, heard = await self._voiced(request, keys)
+        try:
+            message = await self._first_of(request, keys or {}, self._create)
+            return await _spoken(message, speaker, heard)
+        finally:
+            if speaker:
+                speaker.stop()
 
     async def answer(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> tuple[JSON, list[str]]:
         """What `create` says, as it goes over the wire, and what was dropped from the request."""
+        if request.voice:
+            message = await self.create(request, keys)
+            return message.to_wire(), message.dropped
         return await self._first_of(request, keys or {}, self._answer)
 
     async def open(self, request: MessageRequest, keys: Mapping[str, str] | None = None) -> EventStream:
-        return await self._first_of(request, keys or {}, self._open)
+        if not request.voice:
+            return await self._first_of(request, keys or {}, self._open)
+        speaker, heard = await self._voiced(request, keys)
+        stream = await self._first_of(request, keys or {}, self._open)
+        if heard:
+            stream._ready.insert(0, TranscriptDelta(heard))
+        return SpokenStream(stream, speaker) if speaker else stream
 
     async def _first_of(
         self,
@@ -1046,14 +1212,59 @@ class Direct:
             for adapter in PROVIDERS.values()
         ]
         aliases = {name: given if isinstance(given, str) else list(given) for name, given in self.aliases.items()}
-        return Models(providers=listed, aliases=aliases)
+        return Models(providers=listed, aliases=aliases, voice=_speech_models())
 
     def available(self, provider: str) -> bool:
         """Whether there is a key for the provider."""
         return provider in self.keys or (provider == "gemini-oauth" and self._logs_in)
 
     async def close(self) -> None:
+        if "speech" in self.__dict__:
+            await self.speech.close()
         await self.transport.close()
+
+    # -- speech --
+
+    @functools.cached_property
+    def speech(self) -> voice.Services:
+        """The speech services. Raises `ModuleNotFoundError` without voice.py."""
+        return voice.Services(self._configured, self.transport.timeouts, own_keys=self.own_keys)
+
+    def read_voice(self, request: MessageRequest) -> voice.Voice:
+        """The request's `voice`. Raises `InvalidRequestError` that names the setting."""
+        return voice.read_settings(voice.Voice, request.voice, "voice")
+
+    async def _voiced(
+        self, request: MessageRequest, keys: Mapping[str, str] | None
+    ) -> tuple[voice.Speaker | None, str | None]:
+        """What will speak the answer, and what the user was heard to say, which stands in the request from here on."""
+        settings, brought = self.read_voice(request), (byok(keys or {}), byok(request.provider_keys))
+        speaker = self.speech.speaker(settings.output, *brought) if settings.output else None
+        heard = (
+            await self.speech.hearing(settings.input, *brought).transcribe([request, *request.fallbacks])
+            if settings.input
+            else None
+        )
+        return speaker, heard
+
+    def parse_audio(self, body: JSON) -> voice.TranscriptionRequest | voice.SynthesisRequest:
+        return voice.read_audio_request(body)
+
+    async def transcribe(
+        self, request: voice.TranscriptionRequest, keys: Mapping[str, str] | None = None
+    ) -> voice.Transcription:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.transcribe(request.recording, request, words=request.timestamps)
+
+    async def synthesize(self, request: voice.SynthesisRequest, keys: Mapping[str, str] | None = None) -> voice.Speech:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.synthesize(request.text, request)
+
+    async def open_speech(
+        self, request: voice.SynthesisRequest, keys: Mapping[str, str] | None = None
+    ) -> voice.SpeechStream:
+        service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
+        return await service.stream(request.text, request, words=False)
 
     async def credential(
         self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
@@ -1110,7 +1321,36 @@ class Direct:
         )
 
 
-def _base_url(adapter: Adapter, given: Mapping[str, str], environ: Mapping[str, str]) -> str:
+async def _spoken(message: Message, speaker: voice.Speaker | None, heard: str | None) -> Message:
+    """The message with what `voice` adds to it, as the events of a stream would."""
+    total = Accumulator(message)
+    if heard:
+        message.metadata = {"user_transcript": heard}
+    if speaker is None:
+        return message
+    for block in message.content:
+        speaker.feed(block.text) if isinstance(block, Text) else speaker.pause()
+    speaker.end()
+    while event := await speaker.next():
+        total.add(event)
+    if speech := speaker.block:
+        total.add(ContentBlockStart(len(message.content), speech))
+    return message
+
+
+def _speech_models() -> dict[str, list[str]]:
+    """The models that hear and that speak, as `service/model`."""
+    try:
+        services = voice.SPEECH.values()
+    except ModuleNotFoundError:  # a copy without speech
+        return {}
+    return {
+        "stt": [f"{service.id}/{model}" for service in services for model in service.stt_models],
+        "tts": [f"{service.id}/{model}" for service in services for model in service.tts_models],
+    }
+
+
+def _base_url(adapter: Adapter | voice.SpeechAdapter, given: Mapping[str, str], environ: Mapping[str, str]) -> str:
     """Where the provider is. Raises `InvalidRequestError` that names the setting."""
     named = [
         (f"base_urls.{adapter.id}", given.get(adapter.id)),
@@ -1214,6 +1454,28 @@ class Remote:
         async with await self._send("GET", "/v1/models", _GatewayRequest({}, {}), None) as upstream:
             return Models.model_validate(await self._json(upstream))
 
+    def parse_audio(self, body: JSON) -> _GatewayRequest:
+        audio = body.get("audio")
+        if isinstance(audio, bytes):
+            body = {**body, "audio": base64.b64encode(audio).decode("ascii")}
+        return _GatewayRequest(body, {})
+
+    async def transcribe(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Transcription:
+        return await self._audio(request, keys, voice.Transcription.from_wire)
+
+    async def synthesize(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> voice.Speech:
+        return await self._audio(request, keys, voice.Speech.from_wire)
+
+    async def _audio(self, request: _GatewayRequest, keys: Mapping[str, str] | None, read: Callable[[JSON], T]) -> T:
+        upstream = await self._send("POST", "/v1/audio", request, keys)
+        with _begun("gateway"):
+            async with upstream:
+                return read(await self._json(upstream))
+
+    async def open_speech(self, request: _GatewayRequest, keys: Mapping[str, str] | None = None) -> GatewaySpeech:
+        request.body = request.body | {"stream": True}
+        return GatewaySpeech(await self._send("POST", "/v1/audio", request, keys))
+
     async def close(self) -> None:
         await self.transport.close()
 
@@ -1275,6 +1537,56 @@ class GatewayDecoder(StreamDecoder):
         self.build.started = True
         self.build.ended = event.type == "message_stop"
         return [event]
+
+
+class GatewaySpeech:
+    """Speech off the wire: iterate for `voice.Audio`. Ends, or raises the `Error` that ended it."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.duration = 0.0
+        self._upstream = upstream
+        self._sse = SSEDecoder(provider="gateway")
+        self._ready: collections.deque[voice.Audio] = collections.deque()
+        self._ended = False
+        self._fault: Error | None = None
+
+    def __aiter__(self) -> GatewaySpeech:
+        return self
+
+    async def __anext__(self) -> voice.Audio:
+        while not self._ready:
+            if self._fault:
+                raise self._fault
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                with _begun("gateway"):
+                    await self._read()
+            except Error as fault:
+                self._fault = fault  # after what came before it
+        return self._ready.popleft()
+
+    async def _read(self) -> None:
+        data = await self._upstream.chunk()
+        for sse in self._sse.feed(data) if data else self._sse.close():
+            self._take(providers.loads(sse.data))
+        if self._ended:
+            await self._upstream.drain()
+            self.close()
+        elif not data:
+            raise StreamTruncated("the gateway's answer ended before it was whole")
+
+    def _take(self, event: JSON) -> None:
+        with providers._readable("gateway"):
+            if event["type"] == "error":
+                raise error_from_wire(event)
+            if event["type"] == "audio_chunk":
+                self._ready.append(voice.Audio(base64.b64decode(event["data"])))
+            elif event["type"] == "done":
+                self.duration, self._ended = float(event["duration_seconds"]), True
+
+    def close(self) -> None:
+        self._upstream.abort()
 
 
 # == The asynchronous client ===========================================================================================
@@ -1491,6 +1803,7 @@ class AsyncClient:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self.messages = AsyncMessages(self)
         self.models = AsyncModels(self)
+        self.audio = AsyncAudio(self)
 
     def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> AsyncConversation:
         """A conversation that keeps its history; the fields are those of all its requests."""
@@ -1544,6 +1857,132 @@ class AsyncClient:
                     raise
                 await asyncio.sleep(pause * (1 if fault.retry_after else random.uniform(0.75, 1.25)))
         raise AssertionError("unreachable")
+
+
+# == Speech ============================================================================================================
+
+
+class TranscribeOptions(TypedDict, total=False):
+    """How a recording is to be heard. `format` (`pcm` or an encoding) and `sample_rate` are for bare samples only."""
+
+    provider: str
+    model: str
+    language: str
+    format: str
+    sample_rate: int
+    timestamps: bool
+    provider_keys: Mapping[str, str]
+
+
+class SpeechOptions(TypedDict, total=False):
+    """How a text is to be spoken; `format` is `wav`, `mp3` or `pcm`, `sample_rate` is in Hz."""
+
+    provider: str
+    voice: str
+    model: str
+    language: str
+    speed: float
+    volume: float
+    emotion: str
+    format: Literal["wav", "mp3", "pcm"]
+    sample_rate: int
+    provider_keys: Mapping[str, str]
+
+
+def _audio_body(options: Mapping[str, Any], known: type, **body: Any) -> JSON:
+    if unknown := options.keys() - known.__annotations__.keys():
+        raise TypeError(f"unknown argument {min(unknown)!r}; known: {', '.join(known.__annotations__)}")
+    given = {name: value for name, value in options.items() if value is not None and name != "provider_keys"}
+    return {**given, **body}
+
+
+def _recorded(source: Source) -> bytes:
+    """The bytes of a recording. Raises `OSError`, or `InvalidRequestError` for a URL: vai fetches none."""
+    if isinstance(source, str) and re.match(r"https?://", source):
+        raise InvalidRequestError("audio: a path or bytes, not a URL", param="audio")
+    if not isinstance(source, bytes):
+        voice.check_size(os.stat(source).st_size)
+        source = Path(source).read_bytes()
+    voice.check_size(len(source))
+    return source
+
+
+class AsyncSpeechStream:
+    """Speech as it comes: iterate for bytes, which joined are a file. A WAV file's header leaves the length open.
+
+    async with client.audio.stream_synthesize("Hello there.", format="mp3") as speech:
+        async for data in speech:
+            file.write(data)
+    """
+
+    def __init__(self, open: Callable[[], Awaitable[Audible]]) -> None:
+        self._open = open
+        self._stream: Audible | None = None
+        self._events: collections.deque[bytes] = collections.deque()
+
+    async def __aenter__(self) -> AsyncSpeechStream:
+        if self._stream is not None:
+            raise RuntimeError("a stream is used once")
+        self._stream = await self._open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncSpeechStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return self._take() or (await self._batch())[0]
+
+    def _take(self) -> bytes | None:
+        return self._events.popleft() if self._events else None
+
+    async def _batch(self) -> list[bytes]:
+        """The bytes of one read of the socket. Raises `StopAsyncIteration` at the end."""
+        if self._stream is None:
+            raise RuntimeError("a stream is used inside its `with` or `async with`")
+        data: bytes = (await anext(self._stream)).data
+        return [data]
+
+    @property
+    def duration(self) -> float:
+        """Seconds of speech; final once it has ended."""
+        return self._stream.duration if self._stream else 0.0
+
+    async def close(self) -> None:
+        """Let go of the service, at once if the speech is not whole."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+class AsyncAudio:
+    """`client.audio`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def transcribe(self, audio: Source, **options: Unpack[TranscribeOptions]) -> voice.Transcription:
+        """What a recording says: a path or bytes, of a file (WAV, MP3, FLAC, Ogg, M4A, WebM) or bare samples.
+
+        Raises an `Error` whose `param` names what is wrong, and `OSError` for a file that cannot be read.
+        """
+        data = await asyncio.to_thread(_recorded, audio)
+        body = _audio_body(options, TranscribeOptions, audio=data)
+        engine, keys = self._client._engine, options.get("provider_keys")
+        return await self._client._retrying(lambda: engine.transcribe(engine.parse_audio(body), keys))
+
+    async def synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> voice.Speech:
+        """A text as speech, all of it: `audio` holds the bytes of the file."""
+        body = _audio_body(options, SpeechOptions, text=text)
+        engine, keys = self._client._engine, options.get("provider_keys")
+        return await self._client._retrying(lambda: engine.synthesize(engine.parse_audio(body), keys))
+
+    def stream_synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> AsyncSpeechStream:
+        """A text as speech, as it comes; to be used with `async with`."""
+        body = _audio_body(options, SpeechOptions, text=text)
+        client, engine, keys = self._client, self._client._engine, options.get("provider_keys")
+        return AsyncSpeechStream(lambda: client._retrying(lambda: engine.open_speech(engine.parse_audio(body), keys)))
 
 
 # == The tool loop =====================================================================================================
@@ -2623,7 +3062,7 @@ E = TypeVar("E")
 class _Blocking(Generic[E]):
     """A stream without `await`: events come over in batches, one for each read of the socket."""
 
-    def __init__(self, client: Client, stream: AsyncMessageStream | AsyncRun) -> None:
+    def __init__(self, client: Client, stream: AsyncMessageStream | AsyncRun | AsyncSpeechStream) -> None:
         self._client = client  # which lives as long as its streams
         self._portal = client._portal
         self._async: Any = stream
@@ -2665,13 +3104,6 @@ class _Blocking(Generic[E]):
             return ()
         return batch
 
-    @property
-    def text(self) -> Iterator[str]:
-        """The pieces of text, as they come."""
-        for event in self:
-            if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
-                yield event.delta.text
-
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         if os.getpid() != self._process:
             raise RuntimeError("this stream is the parent's: a process that was forked opens its own")
@@ -2689,7 +3121,7 @@ class _Blocking(Generic[E]):
                 raise
 
 
-def _dropped(stream: AsyncMessageStream | AsyncRun, portal: _Portal, process: int) -> None:
+def _dropped(stream: AsyncMessageStream | AsyncRun | AsyncSpeechStream, portal: _Portal, process: int) -> None:
     """A stream that nobody closed."""
     if os.getpid() == process:
         portal.let_go(stream.close)
@@ -2697,7 +3129,16 @@ def _dropped(stream: AsyncMessageStream | AsyncRun, portal: _Portal, process: in
         providers.keep_for_ever(stream)
 
 
-class MessageStream(_Blocking[StreamEvent]):
+class _BlockingEvents(_Blocking[E]):
+    @property
+    def text(self) -> Iterator[str]:
+        """The pieces of text, as they come."""
+        for event in self:
+            if isinstance(event, ContentBlockDelta) and isinstance(event.delta, TextDelta):
+                yield event.delta.text
+
+
+class MessageStream(_BlockingEvents[StreamEvent]):
     """`AsyncMessageStream` without `await`."""
 
     _async: AsyncMessageStream
@@ -2718,7 +3159,7 @@ class MessageStream(_Blocking[StreamEvent]):
         return self._call(self._async.final)
 
 
-class Run(_Blocking[RunEvent]):
+class Run(_BlockingEvents[RunEvent]):
     """`AsyncRun` without `await`. `cancel` and `interrupt` may be called from any thread."""
 
     _async: AsyncRun
@@ -2739,6 +3180,16 @@ class Run(_Blocking[RunEvent]):
 
     def interrupt(self, message: str | Sequence[Block], partial: Partial = "discard") -> bool:
         return self._portal.soon(self._async.interrupt, message, partial)
+
+
+class SpeechStream(_Blocking[bytes]):
+    """`AsyncSpeechStream` without `await`."""
+
+    _async: AsyncSpeechStream
+
+    @property
+    def duration(self) -> float:
+        return self._async.duration
 
 
 class SyncMessages:
@@ -2828,6 +3279,29 @@ class SyncModels:
         return self._client._portal.call(self._client._async.models.list)
 
 
+class SyncAudio:
+    """`client.audio`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._async = client._async.audio
+
+    def transcribe(self, audio: Source, **options: Unpack[TranscribeOptions]) -> voice.Transcription:
+        """What a recording says: a path or bytes, of a file (WAV, MP3, FLAC, Ogg, M4A, WebM) or bare samples.
+
+        Raises an `Error` whose `param` names what is wrong, and `OSError` for a file that cannot be read.
+        """
+        return self._client._portal.call(self._async.transcribe, audio, **options)
+
+    def synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> voice.Speech:
+        """A text as speech, all of it: `audio` holds the bytes of the file."""
+        return self._client._portal.call(self._async.synthesize, text, **options)
+
+    def stream_synthesize(self, text: str, **options: Unpack[SpeechOptions]) -> SpeechStream:
+        """A text as speech, as it comes; to be used with `with`."""
+        return SpeechStream(self._client, self._async.stream_synthesize(text, **options))
+
+
 class Client:
     """`AsyncClient` without `await`, for scripts, threads and notebooks; it works inside a running event loop too."""
 
@@ -2863,6 +3337,10 @@ class Client:
     @property
     def models(self) -> SyncModels:
         return SyncModels(self)
+
+    @property
+    def audio(self) -> SyncAudio:
+        return SyncAudio(self)
 
     def conversation(self, *, model: str, messages: Messages = (), **fields: Unpack[RunFields]) -> Conversation:
         """A conversation that keeps its history; the fields are those of all its requests."""
@@ -2924,6 +3402,8 @@ class FakeModel(Direct):
         if isinstance(model, str) and model and "/" not in model:  # an alias of some gateway
             self.aliases[model] = f"openai/{model}"
         request = super().parse(body, headers)
+        if request.voice:
+            raise providers.unsupported("voice", "a FakeModel", param="voice")
         _check_results(request)
         adapter = PROVIDERS[request.provider]
         adapter.encode(request, Credential(Secret("fake")), adapter.base_url, self.max_tokens)
@@ -3035,14 +3515,20 @@ def _check_results(request: MessageRequest) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`vai "prompt" -m MODEL` · `vai chat` · `vai models` · `vai login gemini-oauth`.
+    """`vai "prompt" -m MODEL` · `vai chat` · `vai speak` · `vai transcribe` · `vai models` · `vai login gemini-oauth`.
 
     Exit codes: 0, 1 for an error of a provider or gateway, 2 for usage, 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    commands = {"chat": _chat_command, "models": _models_command, "login": _login_command}
+    commands = {
+        "chat": _chat_command,
+        "speak": _speak_command,
+        "transcribe": _transcribe_command,
+        "models": _models_command,
+        "login": _login_command,
+    }
     try:
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
@@ -3095,7 +3581,7 @@ def _prompt_command(argv: Sequence[str]) -> None:
     parser = _parser(
         "vai",
         "Ask any model. A prompt on the command line, on standard input, or both.",
-        epilog="other commands: vai chat · vai models · vai login gemini-oauth",
+        epilog="other commands: vai chat · vai speak · vai transcribe · vai models · vai login gemini-oauth",
     )
     parser.add_argument("prompt", nargs="?", help="what to ask")
     parser.add_argument(
@@ -3196,6 +3682,98 @@ def _chat_turn(chat: Conversation, line: str) -> None:
             chat.messages.append({"role": "assistant", "content": f"{text} [interrupted]"})
 
 
+def _speak_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vai speak", description="Read a text aloud, into a sound file.")
+    parser.add_argument("text", nargs="?", help="what to say; without it standard input")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="a .wav, .mp3 or .pcm; - is standard output"
+    )
+    parser.add_argument("--voice", help="an id of the service's")
+    parser.add_argument("--language", metavar="CODE")
+    parser.add_argument("--speed", type=float, metavar="X", help="1 is usual")
+    parser.add_argument("--format", choices=["wav", "mp3", "pcm"], help="if the file's name does not say")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ")
+    options = parser.parse_args(argv)
+    said = options.text if options.text is not None else sys.stdin.buffer.read().decode("utf-8", "replace")
+    suffix = Path(options.output).suffix.lower().removeprefix(".")
+    form: Any = options.format or (suffix if suffix in ("mp3", "pcm") else "wav")
+    names = ("voice", "language", "speed", "sample_rate")
+    fields: Any = {name: value for name in names if (value := getattr(options, name)) is not None}
+    with _environment_client() as client, _Progress() as progress:
+        with client.audio.stream_synthesize(voice.speakable(said), format=form, **fields) as speech:
+            pieces = []
+            for data in speech:
+                pieces.append(data)
+                progress.show(f"spoken: {speech.duration:.0f} s")
+    spoken = providers.whole_file(b"".join(pieces), form)
+    try:
+        if options.output == "-":
+            sys.stdout.buffer.write(spoken)
+        else:
+            Path(options.output).write_bytes(spoken)
+    except OSError as fault:
+        parser.error(f"cannot write {options.output}: {fault.strerror}")
+
+
+def _transcribe_command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vai transcribe", description="Write down what recordings say.")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="WAV, MP3, FLAC, Ogg, M4A or WebM; - is standard input"
+    )
+    parser.add_argument("--language", metavar="CODE", help="en if not given")
+    parser.add_argument("--json", action="store_true", help="with the times of words, one JSON object a file")
+    options = parser.parse_args(argv)
+    fields: Any = {"language": options.language} if options.language else {}
+    with _environment_client() as client:
+        for name in options.files:
+            with _Progress() as progress:
+                progress.tick(f"transcribing {name}")
+                try:
+                    source = sys.stdin.buffer.read() if name == "-" else Path(name)
+                    heard = client.audio.transcribe(source, timestamps=options.json, **fields)
+                except OSError as fault:
+                    parser.error(f"cannot read {name}: {fault.strerror}")
+            print(json.dumps(heard.to_wire(), ensure_ascii=False) if options.json else heard.text, flush=True)
+
+
+class _Progress:
+    """One line on standard error that changes, on a terminal only, and not before half a second has passed."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._begun = self._last = time.monotonic()
+        self._on = sys.stderr is not None and sys.stderr.isatty()
+        self._over = threading.Event()
+        self._ticker: threading.Thread | None = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        if self._ticker:
+            self._ticker.join()
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, line: str) -> None:
+        now = time.monotonic()
+        if self._on and now - self._last >= 0.5:
+            self._last, self._shown = now, True
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    def tick(self, line: str) -> None:
+        """Show the line with the seconds that it takes, for as long as it takes."""
+
+        def run() -> None:
+            while not self._over.wait(0.5):
+                self.show(f"{line}: {time.monotonic() - self._begun:.0f} s")
+
+        if self._on:
+            self._ticker = threading.Thread(target=run, name="vai-progress", daemon=True)
+            self._ticker.start()
+
+
 def _models_command(argv: Sequence[str]) -> None:
     _Parser(prog="vai models", description="Providers, and what they can do.").parse_args(argv)
     with _environment_client() as client:
@@ -3205,6 +3783,8 @@ def _models_command(argv: Sequence[str]) -> None:
         print(f"{row.id:13} {'ready ' if row.available else 'no key'}  {able}")
     for name, models in listed.aliases.items():
         print(f"{name:13} alias   {models if isinstance(models, str) else ', then '.join(models)}")
+    for kind, models in listed.voice.items():
+        print(f"{kind:13} speech  {', '.join(models)}")
 
 
 def _environment_client() -> Client:

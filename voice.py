@@ -16,12 +16,12 @@
 Audio is `bytes`: PCM, 16-bit signed little-endian, one channel, unless said otherwise. Times are seconds.
 
 A speech service is a row in `SPEECH`; its adapter is pure translation, data in and data out, as those of providers.py
-are. Only the sections "sockets" and "sessions", at the end, do I/O. Needs providers.py beside it, pydantic and aiohttp;
+are. Only the sections from "sockets" on do I/O. Needs providers.py beside it, pydantic and aiohttp;
 `soxr` (extra `voice`) makes resampling faster.
 
 Contents (`grep -n '^# == '` lists the sections):
-    PCM · sound files · resampling · speakable text · sentences · settings · events · adapters · Cartesia · registry ·
-    sockets · sessions
+    PCM · sound files · resampling · speakable text · sentences · settings · requests · events · adapters · Cartesia ·
+    registry · sockets · sessions · speech in messages · services
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import functools
 import hashlib
 import html
 import itertools
+import logging
 import math
 import operator
 import random
@@ -46,8 +47,9 @@ import secrets
 import struct
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -57,12 +59,20 @@ if TYPE_CHECKING or not __package__:
     import providers
     from providers import (
         JSON,
+        APIError,
+        AudioDelta,
+        AudioError,
+        AuthenticationError,
         Credential,
         Error,
         HTTPRequest,
         InvalidRequestError,
+        Media,
+        MessageRequest,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
+        Secret,
         SSEDecoder,
         StreamTruncated,
         Timeouts,
@@ -73,12 +83,20 @@ else:
     from . import providers
     from .providers import (
         JSON,
+        APIError,
+        AudioDelta,
+        AudioError,
+        AuthenticationError,
         Credential,
         Error,
         HTTPRequest,
         InvalidRequestError,
+        Media,
+        MessageRequest,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
+        Secret,
         SSEDecoder,
         StreamTruncated,
         Timeouts,
@@ -110,19 +128,23 @@ __all__ = [
     "STTSession",
     "Sentences",
     "Service",
+    "Services",
     "Sockets",
     "Sound",
     "Speakable",
+    "Speaker",
     "Speech",
     "SpeechAdapter",
     "SpeechStream",
     "SpokenParts",
+    "SynthesisRequest",
     "TTSContext",
     "TTSEvent",
     "TTSSession",
     "Transcript",
     "TranscriptBuilder",
     "Transcription",
+    "TranscriptionRequest",
     "TurnEagerEnd",
     "TurnEnded",
     "TurnResumed",
@@ -132,12 +154,15 @@ __all__ = [
     "VoiceOutput",
     "Word",
     "WordTimes",
+    "check_size",
     "check_text",
     "dbfs",
     "decode_pcm",
     "duration",
     "encode_pcm",
+    "model_of",
     "mono",
+    "read_audio_request",
     "read_recording",
     "read_settings",
     "read_wav",
@@ -149,6 +174,8 @@ __all__ = [
     "wav",
     "wav_header",
 ]
+
+logger = logging.getLogger("vai.voice")
 
 
 def _split(text: str) -> frozenset[str]:
@@ -1159,14 +1186,20 @@ class Sentences:
 
 
 class SpokenParts:
-    """A model's text in, parts to speak out: what `Speakable` leaves of it, as `Sentences` cuts it."""
+    """A model's text in, parts to speak out: what `Speakable` leaves of it, as `Sentences` cuts it.
+
+    `begun` says that there will be something to speak.
+    """
 
     def __init__(self, **options: int) -> None:
+        self.begun = False
         self._speakable = Speakable()
         self._sentences = Sentences(**options)
 
     def feed(self, text: str) -> list[str]:
-        return self._sentences.feed(self._speakable.feed(text))
+        text = self._speakable.feed(text)
+        self.begun = self.begun or any(map(str.isalnum, text))
+        return self._sentences.feed(text)
 
     def close(self) -> list[str]:
         """What is left; only punctuation is nothing to be spoken."""
@@ -1212,6 +1245,10 @@ class Voice(_Settings):
     input: VoiceInput | None = None
     output: VoiceOutput | None = None
 
+    @property
+    def used(self) -> list[VoiceInput | VoiceOutput]:
+        return [part for part in (self.input, self.output) if part]
+
 
 S = TypeVar("S", bound=_Settings)
 
@@ -1245,6 +1282,57 @@ def _check_settings(settings: VoiceInput | VoiceOutput, place: str) -> None:
     except InvalidRequestError as fault:
         param = f"{place}.{fault.param}".lstrip(".")
         raise InvalidRequestError(f"{param}: {fault.message}", param=param, code=fault.code) from None
+
+
+# == Requests ==========================================================================================================
+
+
+class TranscriptionRequest(VoiceInput):
+    """`POST /v1/audio` with a recording. `timestamps` asks for the times of words."""
+
+    audio: bytes = Field(repr=False)
+    format: Annotated[str, Field(max_length=64)] | None = None
+    sample_rate: int | None = None
+    timestamps: bool = True
+    provider_keys: dict[str, str] = Field(default={}, repr=False)
+
+    @functools.cached_property
+    def recording(self) -> Recording:
+        return read_recording(self.audio, self.format, self.sample_rate)
+
+
+class SynthesisRequest(VoiceOutput):
+    """`POST /v1/audio` with a text. `stream` asks for the audio as it comes."""
+
+    text: str = Field(repr=False)
+    stream: bool = False
+    provider_keys: dict[str, str] = Field(default={}, repr=False)
+
+
+def read_audio_request(body: Mapping[str, Any]) -> TranscriptionRequest | SynthesisRequest:
+    """What the body of `POST /v1/audio` asks for; `audio` is base64, or bytes where no JSON was in between.
+
+    Raises `InvalidRequestError` that names the field.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    if "audio" in given and "text" in given:
+        raise InvalidRequestError("text: either audio is transcribed or text is spoken, not both", param="text")
+    if "text" in given:
+        synthesis = read_settings(SynthesisRequest, given)
+        check_text(synthesis.text)
+        return synthesis
+    audio = given.get("audio")
+    if isinstance(audio, str):
+        if not providers.is_base64(audio):
+            raise _bad_audio("not valid base64", "audio")
+        given["audio"] = base64.b64decode(audio)
+    elif not isinstance(audio, bytes):
+        said = "must be a string of base64" if "audio" in given else "is required, or text"
+        raise InvalidRequestError(f"audio: {said}", param="audio")
+    check_size(len(given["audio"]))
+    transcription = read_settings(TranscriptionRequest, given)
+    _ = transcription.recording  # reading it is what checks it
+    return transcription
 
 
 # == Events ============================================================================================================
@@ -1363,6 +1451,14 @@ def _gap(before: str, after: str) -> str:
     return "" if _UNSPACED.match(before[-1]) or _UNSPACED.match(after[0]) or before[-1] in _WIDE_STOPS[:4] else " "
 
 
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise ValueError(f"not what was expected: {type(fault).__name__}") from None
+
+
 @dataclass(slots=True)
 class Transcription:
     """What a recording says."""
@@ -1371,6 +1467,13 @@ class Transcription:
     language: str | None
     duration_seconds: float
     words: list[Word]
+
+    @classmethod
+    def from_wire(cls, body: JSON) -> Transcription:
+        """Raises `ValueError` for what `to_wire` did not make."""
+        with _as_value_error():
+            words = [Word(item["word"] + "", float(item["start"]), float(item["end"])) for item in body["words"]]
+            return cls(body["text"] + "", body.get("language"), float(body["duration_seconds"]), words)
 
     def to_wire(self) -> JSON:
         """The answer of `POST /v1/audio`."""
@@ -1393,6 +1496,17 @@ class Speech:
     sample_rate: int
     duration_seconds: float
 
+    @property
+    def content_type(self) -> str:
+        return providers.AUDIO_TYPES[self.format].format(self.sample_rate)
+
+    @classmethod
+    def from_wire(cls, body: JSON) -> Speech:
+        """Raises `ValueError` for what `to_wire` did not make."""
+        with _as_value_error():
+            audio = base64.b64decode(body["audio"], validate=True)
+            return cls(audio, body["format"] + "", int(body["sample_rate"]), float(body["duration_seconds"]))
+
     def to_wire(self) -> JSON:
         """The answer of `POST /v1/audio`."""
         return {
@@ -1407,6 +1521,7 @@ class Speech:
 # == Adapters ==========================================================================================================
 
 MP3_BIT_RATE = 128_000  # what mp3 is asked for in
+MAX_AUDIO = 200 << 20  # bytes of one recording
 MAX_TEXT = 20_000  # characters in one synthesis: over twenty minutes of speech
 
 
@@ -1483,6 +1598,10 @@ class SpeechAdapter:
         """Raises `InvalidRequestError`, whose `param` is the field, for what the service would refuse."""
         raise NotImplementedError
 
+    def model(self, settings: VoiceInput | VoiceOutput) -> str:
+        """The model that takes a recording, or that speaks."""
+        raise NotImplementedError
+
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
@@ -1525,6 +1644,13 @@ class SpeechAdapter:
     def read_tts(self, frame: str) -> tuple[str | None, JSON]:
         """A frame of that socket: whose it is (a `context_id`; None: everybody's), and what."""
         raise NotImplementedError
+
+
+def check_size(size: int, place: str = "audio") -> None:
+    """Raises `RequestTooLargeError` for a recording of more bytes than can be transcribed at once."""
+    if size > MAX_AUDIO:
+        message = f"{place}: {size >> 20} MiB; at most {MAX_AUDIO >> 20} MiB can be transcribed at once"
+        raise RequestTooLargeError(message, param=place)
 
 
 def check_text(text: str, place: str = "text") -> None:
@@ -1585,12 +1711,15 @@ class Cartesia(SpeechAdapter):
                     message = f"{settings.model} does not take it; sonic-3 and newer do"
                     raise InvalidRequestError(message, param=name, code="unsupported_feature")
 
+    def model(self, settings: VoiceInput | VoiceOutput) -> str:
+        return settings.model or (self.tts_models[0] if isinstance(settings, VoiceOutput) else "ink-whisper")
+
     # -- over HTTP --
 
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
-        model = settings.model or "ink-whisper"
+        model = self.model(settings)
         if model == STREAM_MODELS:
             message = f"{model} hears live audio only; ink-whisper takes recordings"
             raise InvalidRequestError(f"model: {message}", param="model", code="unsupported_feature")
@@ -1674,7 +1803,7 @@ class Cartesia(SpeechAdapter):
     def generation(self, settings: VoiceOutput) -> JSON:
         """What every request for speech says; all but the text must stay the same within a context."""
         body: JSON = {
-            "model_id": settings.model or self.tts_models[0],
+            "model_id": self.model(settings),
             "voice": {"mode": "id", "id": settings.voice or self.voice},
             "output_format": {"container": "raw", "encoding": "pcm_s16le", "sample_rate": settings.sample_rate},
         }
@@ -1937,6 +2066,11 @@ SPEECH: dict[str, SpeechAdapter] = {
 }
 
 
+def model_of(settings: VoiceInput | VoiceOutput) -> str:
+    """What takes a recording or speaks, as `service/model`."""
+    return f"{settings.provider}/{SPEECH[settings.provider].model(settings)}"
+
+
 # == Sockets ===========================================================================================================
 
 _RECONNECTABLE = (None, 1000, 1001, 1005, 1006, 1011, 1012, 1013, 1015)
@@ -1944,12 +2078,20 @@ _refused: contextvars.ContextVar[list[bytes]] = contextvars.ContextVar("refused"
 
 
 class Sockets:
-    """Opens WebSockets to speech services. Follows no redirect, shares no connection."""
+    """Opens WebSockets to speech services. Follows no redirect, shares no connection; usable from several loops."""
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
         self._closed = False
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        if (session := self._sessions.get(loop)) is None:
+            session = self._sessions[loop] = self._open_session()
+        return session
 
     def _open_session(self) -> aiohttp.ClientSession:
         import aiohttp
@@ -1988,8 +2130,7 @@ class Sockets:
 
         if self._closed:
             raise RuntimeError("the client is closed")
-        if self._session is None:
-            self._session = self._open_session()
+        session = self._session()
         name = adapter.id
         body: list[bytes] = []
         token = _refused.set(body)
@@ -1997,7 +2138,7 @@ class Sockets:
             for attempt in (1, 2):
                 try:
                     async with asyncio.timeout(min(self.timeouts.first_byte, self.timeouts.connect)):
-                        raw = await self._session.ws_connect(
+                        raw = await session.ws_connect(
                             request.url,
                             headers=request.headers,
                             heartbeat=heartbeat,
@@ -2035,9 +2176,8 @@ class Sockets:
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be opened after."""
         self._closed = True
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if session := self._sessions.pop(asyncio.get_running_loop(), None):
+            await session.close()
 
 
 class Socket:
@@ -2120,9 +2260,9 @@ class Service:
         async with await self.stream(text, settings, words=False) as stream:
             pieces = [event.data async for event in stream if isinstance(event, Audio)]
         audio = b"".join(pieces)
-        if settings.format == "wav":
-            audio = wav(audio[44:], settings.sample_rate)
-        return Speech(audio, settings.format, settings.sample_rate, stream.duration)
+        return Speech(
+            providers.whole_file(audio, settings.format), settings.format, settings.sample_rate, stream.duration
+        )
 
     async def stream(self, text: str, settings: VoiceOutput, *, words: bool = True) -> SpeechStream:
         """Text as speech, as it comes, with the times of words unless it is mp3. Waits for the service to begin."""
@@ -2762,3 +2902,367 @@ class TTSContext:
             raise
         finally:
             self._said.set()
+
+
+# == Speech in messages ================================================================================================
+
+SILENT_SECONDS = 10.0  # services speak faster than real time: one that is silent for so long has stopped
+MOST_AT_ONCE = 4  # recordings of one request that are transcribed side by side
+_BARE_TYPES = {"audio/pcm": "pcm", "audio/l16": "pcm", "audio/pcmu": "pcm_mulaw", "audio/pcma": "pcm_alaw"}
+
+
+class Transcripts:
+    """What recordings said, so that one which is sent again with every turn is transcribed once.
+
+    Kept by a digest of audio, settings and key: neither audio nor key is in here, and no caller gets what another paid
+    for.
+    """
+
+    MOST = 512
+
+    def __init__(self) -> None:
+        self._salt = secrets.token_bytes(32)
+        self._known: collections.OrderedDict[bytes, str] = collections.OrderedDict()
+
+    def mark(self, recording: Recording, settings: VoiceInput, credential: Credential) -> bytes:
+        about = (
+            settings.model_dump(),
+            recording.format,
+            recording.encoding,
+            recording.sample_rate,
+            str(credential.key),
+        )
+        return hashlib.sha256(self._salt + providers.dumps(about) + recording.data).digest()
+
+    def get(self, mark: bytes) -> str | None:
+        if mark in self._known:
+            self._known.move_to_end(mark)
+        return self._known.get(mark)
+
+    def add(self, mark: bytes, text: str) -> None:
+        if len(text) <= MAX_TEXT:
+            self._known[mark] = text
+        if len(self._known) > self.MOST:
+            self._known.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """What becomes text before a model sees it: the recordings that users and tools gave."""
+
+    service: Service
+    settings: VoiceInput
+    known: Transcripts
+
+    async def transcribe(self, requests: Sequence[MessageRequest]) -> str | None:
+        """Puts text in place of each recording, in all of these, which are one request to several models.
+
+        Gives what the last turn of the user says; None if there is no recording in it. Raises an `Error`.
+        """
+        found = list(_recordings(requests[0]))
+        if not found:
+            return None
+        slots = asyncio.Semaphore(MOST_AT_ONCE)
+        tasks = [asyncio.create_task(self._heard(block, place, slots)) for place, block in found]
+        try:
+            texts = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        said = {id(block): text for (_, block), text in zip(found, texts, strict=True)}
+        transcript = _last_turn(requests[0], said)
+        for request in requests:
+            _put_in_place(request, said)
+        return transcript
+
+    async def _heard(self, block: providers.AudioBlock, place: str, slots: asyncio.Semaphore) -> str:
+        if block.transcript is not None:
+            return block.transcript
+        if block.source is None:  # there is always one in what a user said
+            return ""
+        async with slots:
+            if len(block.source.data) > 1 << 20:
+                recording, mark = await asyncio.to_thread(self._read, block.source, place)
+            else:
+                recording, mark = self._read(block.source, place)
+            if (text := self.known.get(mark)) is None:
+                try:
+                    text = (await self.service.transcribe(recording, self.settings, words=False)).text
+                except InvalidRequestError as fault:
+                    fault.param = f"voice.input.{fault.param}" if fault.param else place
+                    raise
+                self.known.add(mark, text)
+        return text
+
+    def _read(self, source: providers.Base64Source, place: str) -> tuple[Recording, bytes]:
+        recording = _block_recording(source, place)
+        return recording, self.known.mark(recording, self.settings, self.service.credential)
+
+
+def _block_recording(source: providers.Base64Source, place: str) -> Recording:
+    kind, _, rest = source.media_type.partition(";")
+    bare, rate = _BARE_TYPES.get(kind.strip().lower()), re.search(r"\brate=(\d{1,6})\b", rest)
+    if bare and not (rate and 4000 <= int(rate[1]) <= 192_000):
+        param = f"{place}.source.media_type"
+        raise InvalidRequestError(f"{param}: says no sample rate (as audio/pcm;rate=16000 does)", param=param)
+    data = base64.b64decode(source.data)
+    return read_recording(data, bare, int(rate[1]) if bare and rate else None, place=f"{place}.source.data")
+
+
+def _recordings(request: MessageRequest) -> Iterator[tuple[str, providers.AudioBlock]]:
+    """What is to be heard, with its place: all that does not come from an assistant."""
+    for i, message in enumerate(request.messages):
+        for j, block in enumerate(message.blocks if message.role != "assistant" else ()):
+            place = f"messages[{i}].content[{j}]"
+            if isinstance(block, providers.AudioBlock):
+                yield place, block
+            for k, inner in enumerate(block.blocks if isinstance(block, providers.ToolResultBlock) else ()):
+                if isinstance(inner, providers.AudioBlock):
+                    yield f"{place}.content[{k}]", inner
+
+
+def _last_turn(request: MessageRequest, said: Mapping[int, str]) -> str | None:
+    i, last = [(i, message) for i, message in enumerate(request.messages) if message.role == "user"][-1]
+    spoken = [said[id(block)].strip() for block in last.blocks if isinstance(block, providers.AudioBlock)]
+    if spoken and not any(spoken) and len(spoken) == len(last.blocks):
+        place = f"messages[{i}].content[0]"
+        raise InvalidRequestError(f"{place}: nothing was said in this recording", param=place, code="no_speech")
+    return " ".join(filter(None, spoken)) if spoken else None
+
+
+def _put_in_place(request: MessageRequest, said: Mapping[int, str]) -> None:
+    for message, given in zip(request.messages, request.body["messages"], strict=True):
+        if isinstance(message.content, list) and isinstance(given["content"], list):
+            given["content"] = _raw_in_place(message.content, given["content"], said)
+            message.content = _in_place(message.content, said)
+
+
+def _in_place(blocks: Sequence[providers.Block], said: Mapping[int, str]) -> list[providers.Block]:
+    out: list[providers.Block] = []
+    for block in blocks:
+        if id(block) in said:
+            block = providers.TextBlock(text=said[id(block)])
+        elif isinstance(block, providers.ToolResultBlock) and any(id(inner) in said for inner in block.blocks):
+            block = block.model_copy(update={"content": _in_place(block.blocks, said)})
+        out.append(block)
+    return out
+
+
+def _raw_in_place(blocks: Sequence[providers.Block], given: Sequence[JSON], said: Mapping[int, str]) -> list[JSON]:
+    """The same in what the caller sent; what holds no recording stays as it is."""
+    out: list[JSON] = []
+    for block, raw in zip(blocks, given, strict=True):
+        if id(block) in said:
+            kept = {name: raw[name] for name in ("cache_control",) if name in raw}
+            raw = {"type": "text", "text": said[id(block)], **kept}
+        elif isinstance(block, providers.ToolResultBlock) and any(id(inner) in said for inner in block.blocks):
+            raw = {**raw, "content": _raw_in_place(block.blocks, raw["content"], said)}
+        out.append(raw)
+    return out
+
+
+class Speaker:
+    """An answer's voice. `feed` it the text as it is written, which never waits, then `end`; `next` gives the audio.
+
+    Speech begins with the first part that can be spoken. What goes wrong is an `AudioError` among the events.
+    """
+
+    AHEAD = 64  # pieces of audio that are taken from the service before anybody asks for them
+
+    def __init__(
+        self,
+        service: Service,
+        settings: VoiceOutput,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._service = service
+        self._settings = settings
+        self._spawn = spawn
+        self._parts = SpokenParts()
+        self._between = ""  # what was said before a pause and what comes after it
+        self._spoken: list[str] = []
+        self._unsaid: asyncio.Queue[str | None] = asyncio.Queue()
+        self._events: asyncio.Queue[AudioDelta | AudioError | None] = asyncio.Queue(self.AHEAD)
+        self._task: asyncio.Task[None] | None = None
+        self._sounded = False
+        self._ended = False
+        self._over = False
+
+    def feed(self, text: str) -> None:
+        self._say(self._parts.feed(text))
+        if self._parts.begun and self._task is None:  # the way to the service is open when the first part is there
+            self._task = self._spawn(self._speak())
+
+    def pause(self) -> None:
+        """Something else comes between: what was said so far is whole."""
+        if self._task:
+            self._say(self._parts.close())
+            self._parts, self._between = SpokenParts(), "\n"
+
+    def end(self) -> None:
+        """No text will come."""
+        self._say(self._parts.close())
+        if self._spoken and self._task is None:
+            self._task = self._spawn(self._speak())
+        self._unsaid.put_nowait(None)
+        if self._task is None:
+            self._events.put_nowait(None)
+
+    def _say(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self._spoken.append(self._between + part)
+            self._unsaid.put_nowait(self._between + part)
+            self._between = ""
+
+    async def next(self) -> AudioDelta | AudioError | None:
+        """The next piece of audio, or why there is no more; None after the last."""
+        return await self._events.get()
+
+    @property
+    def block(self) -> Media | None:
+        """What stands in the message for what was spoken; None if nothing was. Its audio is in the events."""
+        return Media(type="audio", transcript="".join(self._spoken).strip()) if self._sounded else None
+
+    def stop(self) -> None:
+        """Be silent at once; the service is told. Harmless after the end."""
+        if self._task and not self._over:
+            self._task.cancel()
+
+    async def _speak(self) -> None:
+        if self._settings.format == "mp3":  # sockets have bare samples only
+            await self._pass_on(self._over_http())
+            return
+        async with self._service.speak() as session:
+            await self._pass_on(self._over_socket(session))
+
+    async def _pass_on(self, audio: AsyncGenerator[bytes, None]) -> None:
+        settings = self._settings
+        try:
+            async with contextlib.aclosing(audio):
+                async for data in audio:
+                    if settings.format == "wav" and not self._sounded:
+                        data = wav_header(settings.sample_rate) + data
+                    self._sounded = True
+                    await self._events.put(AudioDelta(data, settings.format, settings.sample_rate))
+        except Exception as raised:  # of whatever kind: the answer must not wait for a voice that is gone
+            fault = raised if isinstance(raised, Error) else APIError("internal error")
+            if fault is not raised:
+                logger.error("unexpected %s", type(raised).__name__, exc_info=raised)
+            error = {name: value for name, value in fault.to_wire()["error"].items() if value is not None}
+            await self._events.put(AudioError(error))
+        await self._events.put(None)
+        self._over = True
+
+    async def _over_socket(self, session: TTSSession) -> AsyncGenerator[bytes, None]:
+        await session.connect()
+        async with session.context(self._settings) as context:
+            saying = asyncio.create_task(self._say_all(context))
+            try:
+                async for event in context:
+                    if isinstance(event, Audio):
+                        yield event.data
+            finally:
+                saying.cancel()
+                await asyncio.gather(saying, return_exceptions=True)
+
+    async def _say_all(self, context: TTSContext) -> None:
+        with contextlib.suppress(Error):  # iterating the context raises it
+            while (part := await self._unsaid.get()) is not None:
+                await context.say(part)
+            await context.end()
+
+    async def _over_http(self) -> AsyncGenerator[bytes, None]:
+        """One file after the other."""
+        while text := await self._written():
+            if not any(map(str.isalnum, text)):
+                continue
+            try:
+                async with asyncio.timeout(self._service.sockets.timeouts.idle):
+                    stream = await self._service.stream(text, self._settings, words=False)
+            except TimeoutError:
+                name = self._service.adapter.id
+                raise ProviderTimeoutError(f"{name} did not answer in time", provider=name) from None
+            async with stream:
+                async for event in stream:
+                    if isinstance(event, Audio):
+                        yield event.data
+
+    async def _written(self) -> str:
+        """All that was written meanwhile, at least a part; nothing at the end."""
+        text = ""
+        while not self._ended and (not text or not self._unsaid.empty()) and len(text) < MAX_TEXT // 2:
+            part = await self._unsaid.get()
+            self._ended = part is None
+            text += part or ""
+        return text
+
+
+# == Services ==========================================================================================================
+
+
+class Services:
+    """The speech services as an engine uses them: whose key pays, where they are, what they are reached through.
+
+    `configured` gives a service's key, if there is one, and its base URL. `own_keys` as for the engine.
+    """
+
+    def __init__(
+        self,
+        configured: Callable[[SpeechAdapter], tuple[Secret | None, str]],
+        timeouts: Timeouts,
+        *,
+        own_keys: bool = True,
+    ) -> None:
+        self._places = {adapter.id: configured(adapter) for adapter in SPEECH.values()}
+        self._own_keys = own_keys
+        patient = replace(timeouts, idle=min(timeouts.idle, SILENT_SECONDS))
+        self.transport = Transport(patient)
+        self.sockets = Sockets(patient)
+        self._transcripts = Transcripts()
+        self._speaking: set[asyncio.Task[None]] = set()
+
+    @property
+    def available(self) -> dict[str, bool]:
+        """Services, and whether there is a key for them."""
+        return {id: key is not None for id, (key, _) in self._places.items()}
+
+    def service(self, provider: str, *brought: Mapping[str, Secret]) -> Service:
+        """A service with the key that pays: the first of those that the caller `brought`, by BYOK name, else our own.
+
+        Raises `AuthenticationError` if there is none.
+        """
+        adapter, (own, base_url) = SPEECH[provider], self._places[provider]
+        given = (keys[name] for keys in brought for name in adapter.byok if name in keys)
+        if key := next(given, None):
+            credential = Credential(key, own=True)
+        elif own:
+            credential = Credential(own, own=self._own_keys)
+        else:
+            where = " or ".join(adapter.key_env)
+            message = f"no key for {provider}: set {where}, or bring one as provider_keys.{adapter.byok[0]}"
+            raise AuthenticationError(message, provider=provider, code="no_provider_key")
+        return Service(adapter, base_url, credential, self.transport, self.sockets)
+
+    def hearing(self, settings: VoiceInput, *brought: Mapping[str, Secret]) -> Hearing:
+        return Hearing(self.service(settings.provider, *brought), settings, self._transcripts)
+
+    def speaker(self, settings: VoiceOutput, *brought: Mapping[str, Secret]) -> Speaker:
+        return Speaker(self.service(settings.provider, *brought), settings, self._spawn)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is let go of in its own time: a service is told that nobody listens any more."""
+        task = asyncio.create_task(work)
+        self._speaking.add(task)
+        task.add_done_callback(self._speaking.discard)
+        return task
+
+    async def close(self) -> None:
+        """Be silent, and hang up."""
+        loop = asyncio.get_running_loop()
+        tasks = [task for task in self._speaking if task.get_loop() is loop]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.transport.close()
+        await self.sockets.close()

@@ -262,11 +262,11 @@ def test_codes_are_told() -> None:
 
 
 async def test_health(gateway: Served) -> None:
-    """All of it, in its shape; there is no voice and no live session yet."""
+    """All of it, in its shape; there is no live session yet."""
     body = (await gateway.get("/health", key=None)).body
     assert body.keys() == {"status", "version", "providers", "voice", "live", "uptime_seconds"}
     assert body["providers"] == {id: {"configured": True} for id in server.PROVIDERS}
-    assert (body["voice"], body["live"]) == ({"cartesia": {"configured": False}}, {"active": 0, "limit": 0})
+    assert (body["voice"], body["live"]) == ({"cartesia": {"configured": True}}, {"active": 0, "limit": 0})
 
 
 BANNERS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # sections, what it says, what it does not

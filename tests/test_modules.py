@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "providers": (set(), set()),
     "sandbox": (set(), set()),
-    "vai": ({"providers"}, set()),
+    "vai": ({"providers"}, {"voice"}),
     "voice": ({"providers"}, set()),
-    "server": ({"providers", "vai"}, {"sandbox"}),
+    "server": ({"providers", "vai", "voice"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
 PYDANTIC = r"pydantic(_core)?|annotated_types|typing_\w+"
@@ -41,9 +41,11 @@ class Imported(NamedTuple):
 
 
 def imports(tree: ast.Module) -> set[Imported]:
-    """The modules that a file imports; lazily, those that it imports inside a function."""
+    """The modules that a file imports; lazily, those that it imports inside a function or for type checkers alone."""
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     inside = {id(node) for function in functions for node in ast.walk(function)}
+    inside |= {id(inner) for node in typing for statement in node.body for inner in ast.walk(statement)}
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -271,11 +271,6 @@ def test_keys_are_not_kept_in_the_body() -> None:
     assert "sk-secret" not in repr(request)
 
 
-def test_voice_is_refused_until_there_is_one() -> None:
-    """A request for speech is told that this version has none."""
-    assert (refusal(voice={"output": {}}).param, refusal(voice={}).code) == ("voice", "unsupported_feature")
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_number_that_json_has_not_never_goes_out(provider: str) -> None:
     """NaN in the middle of a tool's input, which only a caller in Python can send, is refused at its place."""
