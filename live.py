@@ -403,7 +403,7 @@ class AudioSent:
 @dataclass(slots=True)
 class SpeechEnded:
     """No more audio will be made: all that was said is spoken, or nothing was said. Every run that is not cancelled
-    gets one, after its last `StepEnded` or before."""
+    gets one, after its last `StepEnded` or before; `Said` after it asks for another."""
 
     response_id: str
 
@@ -505,7 +505,8 @@ class ReleaseRun:
 
 @dataclass(slots=True)
 class ContinueRun:
-    """The next step of the run: ask the model with these messages; without tools where `tools` is false."""
+    """The next step of the run: ask the model with these messages. Where `tools` is false, without tools: this step is
+    the last, whatever it holds."""
 
     response_id: str
     messages: list[JSON] = field(repr=False)
@@ -653,7 +654,7 @@ class TurnMetrics:
 
 @dataclass(slots=True)
 class Refused:
-    """`error`, not fatal: a message that means nothing now."""
+    """`error`, not fatal, outside of an answer: a message that means nothing now, or a user that cannot be heard."""
 
     error: Error
 
@@ -993,12 +994,14 @@ class Ledger:
         self._words: list[Word] = []
         self._clock = 0.0  # what real time allows to have been heard, at …
         self._at = 0.0
+        self._end = 0.0  # when that is, or was, all that was sent
         self._paused = False
         self._reported: float | None = None
         self._progress = 0.0  # when the reports last went on
 
     def say(self, text: str) -> None:
         self.said += text
+        self.complete = False
 
     def time(self, words: Iterable[Word]) -> None:
         """When words of `said` are spoken, in order."""
@@ -1010,6 +1013,7 @@ class Ledger:
     def send(self, now: float, seconds: float) -> None:
         self._advance(now)
         self.sent += seconds
+        self._end = self._at + self.sent - self._clock
 
     def report(self, now: float, seconds: float) -> None:
         """The client says how much it has played. Reports may come late or twice, but a position never goes back."""
@@ -1024,6 +1028,7 @@ class Ledger:
     def resume(self, now: float) -> None:
         self._advance(now)
         self._paused = False
+        self._end = self._at + self.sent - self._clock
 
     def position(self, now: float) -> float:
         """Seconds that have been heard."""
@@ -1038,10 +1043,9 @@ class Ledger:
         self._advance(now)
         if self._paused or self.sent < self.made - 1e-6:
             return None
-        end = self._at + self.sent - self._clock
         if self._reported is None or self._reported >= self.sent - self.NEARLY:
-            return end
-        return max(end, self._progress) + patience
+            return self._end
+        return max(self._end, self._progress) + patience
 
     def heard(self, now: float) -> str:
         """The words that have been heard to their end: the beginning of `said`."""
@@ -1113,6 +1117,11 @@ class Call:
     ran: bool = False
 
     @property
+    def fate(self) -> str:
+        """What there is instead of a result."""
+        return "cancelled: the turn ended before it " + ("was done" if self.called else "was called")
+
+    @property
     def key(self) -> tuple[str, str]:
         """What makes two calls the same."""
         return self.name, json.dumps(self.input, sort_keys=True)
@@ -1127,7 +1136,7 @@ class Step:
     calls: list[Call]
 
     def results(self) -> list[JSON]:
-        return [call.result or unanswered(call.id, "cancelled: the user interrupted") for call in self.calls]
+        return [call.result or unanswered(call.id, call.fate) for call in self.calls]
 
 
 def unanswered(tool_use_id: str, why: str) -> JSON:
@@ -1146,7 +1155,7 @@ def answer_messages(steps: Iterable[Step], said: str, heard: int | None, save_pa
     begin = 0
     for step in steps:
         if heard is None or len(said[:heard].rstrip()) >= len(said[: step.said].rstrip()):
-            content = step.content
+            content = [block for block in step.content if block.get("type") != "text" or block["text"].strip()]
         else:
             content = _cut(step.content, said[begin : max(heard, begin)], save_partial)
         kept += [("assistant", content), ("user", step.results())]
@@ -1360,8 +1369,9 @@ class TurnTaker:
             case voice.TurnResumed():
                 self._turn_ended = False
                 self._drop_held()
-            case voice.TurnEnded():
-                self._end_stt_turn(event)
+            case voice.TurnEnded():  # its final transcript came before
+                self._words.part()
+                self._finalizing, self._turn_ended = False, True
             case voice.Flushed():
                 self._finalizing = False
                 self._words.part()
@@ -1465,6 +1475,8 @@ class TurnTaker:
                 self._fail(turn, event.error)
             case Said():
                 ledger.say(event.text)
+                if run.over:
+                    run.steps[-1].said = len(ledger.said)
             case Timed():
                 ledger.time(event.words)
             case AudioMade():
@@ -1486,12 +1498,6 @@ class TurnTaker:
         missed = self._silent_at is None or (not self._finalizing and self._now - self._silent_at > 1.0)
         if not self._voice and missed:
             self._silent_at = self._now
-
-    def _end_stt_turn(self, event: voice.TurnEnded) -> None:
-        if words(event.transcript) and not self._words.text and self._turn is None:
-            self._hear(event.transcript, True)  # without a transcript before
-        self._words.part()
-        self._finalizing, self._turn_ended = False, bool(self._words.text)
 
     def _fall_silent(self, at: float) -> None:
         if self._voice:
@@ -1642,9 +1648,8 @@ class TurnTaker:
 
     def _answer(self, turn: _Turn) -> bool:
         """The assistant has the floor. Does the user want it, and how far is the answer?"""
-        if self._stalled(turn) or self._grace_over(turn):
+        if self._stalled(turn) or self._grace_over(turn) or self._work_tools(turn):
             return True
-        self._work_tools(turn)
         if self._capture is not None:
             return self._decide(turn, self._capture)
         return self._barge_in(turn) or self._begin_audio(turn) or self._end_audio(turn)
@@ -1669,23 +1674,21 @@ class TurnTaker:
             self._go(State.PROCESSING)
         return True
 
-    def _work_tools(self, turn: _Turn) -> None:
+    def _work_tools(self, turn: _Turn) -> bool:
         """Calls what may be called, gives up what takes too long, and goes on when all is there."""
-        run = turn.run
-        if not run.waits:
-            return
-        for call in run.calls:
+        acted = False
+        for call in turn.run.calls:
             if call.result is not None:
                 continue
-            if call.called:
-                if self._reached(call.deadline):
-                    call.result = unanswered(call.id, f"timed out after {self._timing.tool:g} seconds")
-                    self._do(CancelTool(call.id))
-            elif turn.grace is None or call.name not in self._side_effects:
-                call.called, call.deadline = True, self._now + self._timing.tool
-                self._reached(call.deadline)
-                self._do(CallTool(run.id, call.id, call.name, call.input))
-        self._go_on(turn)
+            if not call.called and (turn.grace is None or call.name not in self._side_effects):
+                acted, call.called, call.deadline = True, True, self._now + self._timing.tool
+                self._do(CallTool(turn.run.id, call.id, call.name, call.input))
+            elif call.called and self._reached(call.deadline):
+                acted, call.result = True, unanswered(call.id, f"timed out after {self._timing.tool:g} seconds")
+                self._do(CancelTool(call.id))
+        if acted:
+            self._go_on(turn)
+        return acted
 
     def _go_on(self, turn: _Turn) -> None:
         """The model's next step, once all results are there."""
@@ -1794,7 +1797,8 @@ class TurnTaker:
         turn = self._turn
         if turn is None or self._settings.interrupt.mode != "auto":
             return
-        since = self._voice_at if self._voice else self._now
+        recent = self._voice and self._now - self._voice_at < self._timing.yielding
+        since = self._voice_at if recent else self._now
         self._capture = _Capture(self._now, since + self._capture_seconds)
         self._do(InterruptDetecting())
         if turn.run.audible:
