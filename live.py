@@ -784,7 +784,7 @@ _POLITE = _phrases(
 _OPEN = _phrases(
     en="and|or|but|because|cause|if|the|a|an|my|your|our|their|which|whose|than|and then|such as|for example|like a|"
     "let me think|let me see|let's see|i mean|you know|no wait|hold on|give me a second|one second|the number is|it's",
-    de="und|oder|aber|denn|weil|dass|wenn|ob|der|die|ein|eine|einen|einem|einer|mein|meine|meinen|dein|deine|sondern|"
+    de="und|oder|aber|denn|weil|dass|wenn|ob|der|die|eine|einen|einem|einer|mein|meine|meinen|dein|deine|sondern|"
     "sowie|und dann|zum beispiel|ich meine|moment|warte",
     es="y|e|o|u|pero|porque|que|si|el|la|los|las|un|una|unos|mi|tu|su|de|del|con|y luego|por ejemplo|o sea|espera|este",
     fr="et|ou|mais|parce que|car|que|si|le|la|les|un|une|des|du|de|mon|ma|mes|ton|ta|tes|et puis|par exemple|"
@@ -797,7 +797,7 @@ _OPEN = _phrases(
 _OPEN_UNMARKED = _phrases(
     en="to|of|for|with|from|at|in|on|by|about|into|between|so|that|is|are|was|i|we|they|he|she|can you|could you|"
     "would you|will you|do you|i want|i need|i'd like|i think|i am|i'm|this is|there is|how|what|when|where|why|who",
-    de="mit|für|von|zu|bei|nach|in|im|am|vom|zum|zur|das|ich|wir|kannst du|können sie|ich möchte|ich will|ist|"
+    de="ein|mit|für|von|zu|bei|nach|in|im|am|vom|zum|zur|das|ich|wir|kannst du|können sie|ich möchte|ich will|ist|"
     "ich brauche",
     es="a|en|por|para|sin|como|al|yo|es|quiero|puedes|necesito|me gustaría",
     fr="à|au|aux|en|dans|pour|avec|sur|par|je|tu|est|c'est|je veux|je voudrais|peux tu|il y a",
