@@ -44,12 +44,14 @@ if getattr(voice, "__version__", None) != __version__:
 
 __all__ = [
     "Action",
+    "AnswerEvent",
     "AudioDone",
     "AudioIn",
     "AudioMade",
     "AudioOut",
     "AudioReceived",
     "AudioSent",
+    "Call",
     "CallTool",
     "CancelRun",
     "CancelTool",
@@ -68,6 +70,7 @@ __all__ = [
     "Idle",
     "InputCommit",
     "InputContent",
+    "InputEvent",
     "InputInterrupt",
     "InputText",
     "InterruptCaptured",
@@ -96,6 +99,7 @@ __all__ = [
     "StartRun",
     "State",
     "StateChanged",
+    "Step",
     "StepEnded",
     "Tick",
     "Timed",
@@ -105,8 +109,19 @@ __all__ = [
     "TurnFailed",
     "TurnMetrics",
     "TurnTaker",
+    "UserWords",
     "VADSettings",
+    "answer_messages",
+    "append_message",
+    "is_backchannel",
+    "is_echo",
+    "is_filler",
+    "is_finished",
+    "is_stop",
+    "ran_messages",
     "read_config",
+    "takes_time",
+    "words",
 ]
 
 
@@ -234,7 +249,8 @@ def read_config(value: object) -> LiveConfig:
 
 
 # == Turn-taking =======================================================================================================
-# Everything that can happen, and everything that can be done about it. Times are seconds.
+# Everything that can happen, and everything that can be done about it. Times are seconds. The events `vad.listening`,
+# `vad.speech`, `vad.silence` and `transcript.delta` repeat to the client what went in here, so a session sends them.
 
 
 class State(Enum):
@@ -416,6 +432,10 @@ class SpeechFailed:
     error: Error
 
 
+InputEvent: TypeAlias = InputCommit | InputInterrupt | InputText | InputContent
+AnswerEvent: TypeAlias = (
+    Playback | FirstToken | StepEnded | RunFailed | Said | Timed | AudioMade | AudioSent | SpeechEnded | SpeechFailed
+)
 Event: TypeAlias = (
     Tick
     | AudioReceived
@@ -425,21 +445,9 @@ Event: TypeAlias = (
     | STTFailed
     | TurnChecked
     | InterruptChecked
-    | InputCommit
-    | InputInterrupt
-    | InputText
-    | InputContent
-    | Playback
-    | FirstToken
-    | StepEnded
-    | RunFailed
     | ToolReturned
-    | Said
-    | Timed
-    | AudioMade
-    | AudioSent
-    | SpeechEnded
-    | SpeechFailed
+    | InputEvent
+    | AnswerEvent
 )
 
 
@@ -1384,20 +1392,16 @@ class TurnTaker:
                 self._take_answer(self._question, event.check_id, event.finished)
             case InterruptChecked():
                 self._take_answer(self._capture.question if self._capture else None, event.check_id, event.real)
-            case Playback() | FirstToken() | StepEnded() | RunFailed() | Said() | Timed() | AudioMade() | AudioSent():
-                self._note_answer(event)
-            case SpeechEnded() | SpeechFailed():
-                self._note_answer(event)
             case ToolReturned():
                 self._contact = self._now
                 self._take_result(event)
-            case InputCommit() | InputInterrupt() | InputText() | InputContent():
+            case _ if isinstance(event, InputEvent):
                 self._contact, self._idle = self._now, False
                 self._note_input(event)
-            case _:
-                pass
+            case _ if isinstance(event, AnswerEvent):
+                self._note_answer(event)
 
-    def _note_input(self, event: InputCommit | InputInterrupt | InputText | InputContent) -> None:
+    def _note_input(self, event: InputEvent) -> None:
         """A message of the client's."""
         match event:
             case InputCommit():
@@ -1437,19 +1441,7 @@ class TurnTaker:
         if not self._voice:
             self._silent_at = self._now
 
-    def _note_answer(
-        self,
-        event: Playback
-        | FirstToken
-        | StepEnded
-        | RunFailed
-        | Said
-        | Timed
-        | AudioMade
-        | AudioSent
-        | SpeechEnded
-        | SpeechFailed,
-    ) -> None:
+    def _note_answer(self, event: AnswerEvent) -> None:
         """Something about a run: the one that is answering, or the one that is held."""
         if isinstance(event, Playback):
             self._contact = self._now
@@ -1487,7 +1479,7 @@ class TurnTaker:
                 ledger.complete = True
 
     def _hear(self, text: str, is_final: bool) -> None:
-        if is_final:
+        if is_final and self._turn is None:
             self._final_at = self._now
         if not self._words.add(text, is_final):
             return
@@ -1536,11 +1528,12 @@ class TurnTaker:
         """No audio comes any more, in the middle of a turn."""
         if self._audio_at is None or self._detection == "manual":
             return False
-        is_open = self._voice or (self._turn is None and self._commit_by is None and self._pending() != "")
-        if not is_open or not self._reached(self._audio_at + self._timing.muted):
+        said = self._pending() if self._turn is None and self._commit_by is None else ""
+        is_open = said != "" and not is_filler(said, self._language)
+        if not (self._voice or is_open) or not self._reached(self._audio_at + self._timing.muted):
             return False
         self._fall_silent(self._audio_at)
-        if self._turn is None and self._pending():
+        if is_open:
             self._finalize()
             self._commit_soon(forced=True, patience=self._timing.final)
         return True
@@ -1561,9 +1554,12 @@ class TurnTaker:
         if self._commit_by is not None:
             return self._commit_when_complete(text, self._commit_by)
         if not text or is_filler(text, self._language) or self._is_own_echo(text):
+            self._began = None
             return False
         if self._detection == "manual":
             return False
+        if self._detection == "stt" and self._turn_ended:
+            return self._commit()
         if self._began is not None and self._reached(self._began + self._timing.turn):
             return self._commit(forced=True)
         if self._voice:
@@ -1571,9 +1567,7 @@ class TurnTaker:
         silent_at = self._words_at if self._silent_at is None else self._silent_at
         if self._reached(silent_at + self._max_silence):
             return self._commit(forced=True)
-        if self._detection == "stt":
-            return self._turn_ended and self._commit()
-        return self._take_turn_by_text(text, silent_at)
+        return self._detection == "vad" and self._take_turn_by_text(text, silent_at)
 
     def _commit_when_complete(self, text: str, at: float) -> bool:
         if self._finalizing and not self._reached(at):
@@ -1893,7 +1887,8 @@ class TurnTaker:
             held = None
         run = held or _Run(f"resp_{number}", None, self._now)
         run.alive = self._now
-        metrics = TurnMetrics(turn_id, None if self._voice else self._silent_at, self._final_at, self._now)
+        silent_at = None if self._voice or self._began is None else self._silent_at
+        metrics = TurnMetrics(turn_id, silent_at, self._final_at, self._now)
         turn = self._turn = _Turn(turn_id, parts, prior, run, metrics)
         grace = self._settings.grace_period
         self._do(Committed(turn_id, _transcript(parts), forced))
@@ -1925,7 +1920,7 @@ class TurnTaker:
         """Typed text ends the turn that is being spoken, and the answer that is being given."""
         turn = self._turn
         if turn is not None:
-            if turn.grace is not None and not turn.run.audible and self.state is State.GRACE:
+            if turn.grace is not None and not turn.run.audible:
                 self._take_back(turn, _transcript(blocks))
             else:
                 self._interrupt(turn)

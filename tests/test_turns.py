@@ -973,6 +973,14 @@ case(
     show="check run release",
 )
 case(
+    "a muted microphone after um ends no turn",
+    [*[(n * 0.1, AudioReceived()) for n in range(11)], (0.5, Transcript("Um", True))],
+    """
+
+    """,
+    show="check run release",
+)
+case(
     "nobody there",
     [(1, AudioReceived())],
     """
@@ -1091,6 +1099,20 @@ case(
     """,
     show="check run release",
     replies=[STORY],
+    options={"stt_turns": True},
+)
+case(
+    "its turn end counts whatever the detector hears",
+    [e for e in streamed(0, "What time is it?", 1) if not isinstance(e[1], SpeechStopped)],
+    """
+    1.3 run held
+    1.5 commit What time is it? · release
+    1.7 audio
+    2.95 done 1.25
+    user: What time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
     options={"stt_turns": True},
 )
 case(
@@ -2580,7 +2602,7 @@ class Chaos:
                 self.feed(Tick())
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     script=st.lists(
         st.tuples(
