@@ -964,7 +964,7 @@ class UserWords:
 
     def part(self) -> None:
         """The speech service was flushed, or has ended a turn: what comes next is an utterance of its own."""
-        self._apart = True
+        self._apart, self._taken = True, 0
 
     def take(self) -> str:
         """All that is fresh, for a turn."""
@@ -1162,7 +1162,7 @@ def answer_messages(steps: Iterable[Step], said: str, heard: int | None, save_pa
     kept: list[_Message] = []
     begin = 0
     for step in steps:
-        if heard is None or len(said[:heard].rstrip()) >= len(said[: step.said].rstrip()):
+        if heard is None or heard >= len(said[: step.said].rstrip()):
             content = [block for block in step.content if block.get("type") != "text" or block["text"].strip()]
         else:
             content = _cut(step.content, said[begin : max(heard, begin)], save_partial)
@@ -2008,7 +2008,6 @@ class TurnTaker:
 
     def _stop(self, turn: _Turn) -> None:
         run = turn.run
-        run.ledger.pause(self._now)
         if run.audible:
             self._do(FlushAudio(run.id, run.ledger.position(self._now)))
         self._do(CancelRun(run.id))
