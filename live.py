@@ -729,10 +729,31 @@ def _spans(text: str) -> list[tuple[int, int]]:
     return spans if begin is None else [*spans, (begin, len(text))]
 
 
+class _Letters(dict[int, str]):
+    """For `str.translate`: letters, marks and digits stay, apostrophes go, all else is a space; letters of scripts
+    without spaces stand alone."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        if voice._UNSPACED.match(letter):
+            stands_for = f" {letter} "
+        elif letter in "'’ʼ":
+            stands_for = ""
+        else:
+            stands_for = letter if unicodedata.category(letter)[0] in "LNM" else " "
+        if code < 0x10000:  # bounded, whatever is sent
+            self[code] = stands_for
+        return stands_for
+
+
+_LETTERS = _Letters()
+_DRAWN_OUT = re.compile(r"([^\W\d])\1{2,}")
+
+
 def words(text: str) -> list[str]:
     """The words of a text without case, punctuation, apostrophes and drawn-out letters ("Yeahhh," is "yeah")."""
-    found = (unicodedata.normalize("NFKC", text[begin:end]).casefold() for begin, end in _spans(text))
-    return [re.sub(r"([^\W\d])\1{2,}", r"\1", re.sub(r"['’ʼ]", "", word)) for word in found]
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS)
+    return _DRAWN_OUT.sub(r"\1", plain).split()
 
 
 _FILLERS = _phrases(
@@ -952,15 +973,16 @@ class UserWords:
     def add(self, text: str, is_final: bool) -> bool:
         """Whether words have come or changed."""
         before = words(self.text)
-        spans = _spans(text)
         if self._taken:
+            spans = _spans(text)
             text = text[spans[self._taken][0] :] if len(spans) > self._taken else ""
-        self._interim = text if spans else ""
+        self._interim = text if words(text) else ""
         if is_final:
             self._final, self._interim, self._taken, self._apart = self._joined(self._interim), "", 0, False
         if is_final and self._dismissed and len(words(self._final)) <= self._dismissed:
             self._final, self._dismissed = "", 0
-        return words(self.text) not in (before, [])
+        now = words(self.text)
+        return bool(now) and now != before
 
     def part(self) -> None:
         """The speech service was flushed, or has ended a turn: what comes next is an utterance of its own."""
