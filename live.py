@@ -6,8 +6,8 @@
     the answer      AudioSent …      ┘                      └─► Committed …              what the client is told
 
 `TurnTaker` decides who has the floor. It is pure: time arrives with every call, nothing in it waits or does I/O. Around
-it, a session hears, asks, runs and speaks. What has been heard of an answer is in its `Ledger`, and what is true of the
-conversation so far is in `History`.
+it, a session hears, asks, runs and speaks. What was heard of an answer is in its `Ledger`; the conversation so far, as
+a model is to see it, in `TurnTaker.messages`.
 
 Contents (`grep -n '^# == '` lists the sections):
     settings · detectors · turn-taking (events, actions) · classifiers · heard text · the turn taker · session ·
