@@ -23,12 +23,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "sandbox": (set(), set()),
     "vai": ({"providers"}, {"voice"}),
     "voice": ({"providers"}, set()),
+    "live": ({"providers", "voice"}, set()),
     "server": ({"providers", "vai", "voice"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
 PYDANTIC = r"pydantic(_core)?|annotated_types|typing_\w+"
 AIOHTTP = r"aio\w+|attrs?|frozenlist|idna|multidict|propcache|yarl|typing_\w+|brotli\w*|cryptography|_?cffi\w*"
-NEEDS = {"sandbox": AIOHTTP, "server": f"{PYDANTIC}|{AIOHTTP}"} | dict.fromkeys(("providers", "vai", "voice"), PYDANTIC)
+NEEDS = {"sandbox": AIOHTTP, "server": f"{PYDANTIC}|{AIOHTTP}"} | dict.fromkeys(
+    ("providers", "vai", "voice", "live"), PYDANTIC
+)
 SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 modules = pytest.mark.parametrize("module", MAY_IMPORT)
 layouts = pytest.mark.parametrize("package", ["", "pkg"], ids=["flat", "package"])

@@ -1,0 +1,2144 @@
+"""Live voice: a conversation with any model, speech in and speech out.
+
+    detector        SpeechStarted …  ┐                      ┌─► StartRun, CallTool …     the model and its tools
+    speech to text  Transcript …     ├─► TurnTaker.handle ──┼─► StartAudio, FlushAudio … what the user hears
+    the client      InputText …      │     (now, event)     ├─► CheckTurn …              questions to a fast model
+    the answer      AudioSent …      ┘                      └─► Committed …              what the client is told
+
+`TurnTaker` decides who has the floor. It is pure: time arrives with every call, nothing in it waits or does I/O. Around
+it, a session hears, asks, runs and speaks. What was heard of an answer is in its `Ledger`; the conversation so far, as
+a model is to see it, in `TurnTaker.messages`.
+
+Contents (`grep -n '^# == '` lists the sections):
+    settings · detectors · turn-taking (events, actions) · classifiers · heard text · the turn taker · session ·
+    command line
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field
+
+if TYPE_CHECKING or not __package__:
+    import voice
+    from providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from voice import STTEvent, VoiceInput, VoiceOutput, Word
+else:
+    from . import voice
+    from .providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from .voice import STTEvent, VoiceInput, VoiceOutput, Word
+
+__version__ = "0.1.0"
+if getattr(voice, "__version__", None) != __version__:
+    found = getattr(voice, "__version__", "unknown")
+    raise ImportError(f"live {__version__} needs its own voice.py; version {found} is at {voice.__file__}")
+
+__all__ = [
+    "Action",
+    "AnswerEvent",
+    "AudioDone",
+    "AudioIn",
+    "AudioMade",
+    "AudioOut",
+    "AudioReceived",
+    "AudioSent",
+    "Call",
+    "CallTool",
+    "CancelRun",
+    "CancelTool",
+    "CheckInterrupt",
+    "CheckTurn",
+    "Committed",
+    "ContinueRun",
+    "Event",
+    "FinalizeSTT",
+    "FirstToken",
+    "FlushAudio",
+    "GraceExpired",
+    "GraceExtended",
+    "GraceSettings",
+    "GraceStarted",
+    "Idle",
+    "InputCommit",
+    "InputContent",
+    "InputEvent",
+    "InputInterrupt",
+    "InputText",
+    "InterruptCaptured",
+    "InterruptChecked",
+    "InterruptDetecting",
+    "InterruptDismissed",
+    "InterruptSettings",
+    "Interrupted",
+    "Ledger",
+    "LiveConfig",
+    "LiveInput",
+    "LiveVoice",
+    "PauseAudio",
+    "Playback",
+    "Refused",
+    "ReleaseRun",
+    "ResumeAudio",
+    "RunFailed",
+    "STTFailed",
+    "Said",
+    "SpeechEnded",
+    "SpeechFailed",
+    "SpeechStarted",
+    "SpeechStopped",
+    "StartAudio",
+    "StartRun",
+    "State",
+    "StateChanged",
+    "Step",
+    "StepEnded",
+    "Tick",
+    "Timed",
+    "Timing",
+    "ToolReturned",
+    "TurnChecked",
+    "TurnFailed",
+    "TurnMetrics",
+    "TurnTaker",
+    "UserWords",
+    "VADSettings",
+    "answer_messages",
+    "append_message",
+    "is_backchannel",
+    "is_echo",
+    "is_filler",
+    "is_finished",
+    "is_stop",
+    "ran_messages",
+    "read_config",
+    "takes_time",
+    "words",
+]
+
+
+# == Settings ==========================================================================================================
+# What `session.configure` may hold, with its defaults; `voice.read_settings` reads it. Milliseconds, as on the wire.
+
+_Milliseconds: TypeAlias = Annotated[int, Field(ge=0, le=60_000)]
+_Level: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+_Model: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _alias(**others: str) -> BeforeValidator:
+    """Other spellings of a choice."""
+    return BeforeValidator(lambda value: others.get(value, value) if isinstance(value, str) else value)
+
+
+class LiveInput(VoiceInput):
+    """How to hear. `turn_detection` says who finds the end of a turn: the speech service (`stt`), we, by silence and
+    text (`vad`), the user alone (`manual`: push-to-talk), or the first of these that there is (`auto`)."""
+
+    turn_detection: Literal["auto", "stt", "vad", "manual"] = "auto"
+
+
+class VADSettings(voice._Settings):
+    """The end of a turn. `model` is asked whether the user has finished; `energy_threshold` (0 to 1) is a ceiling for
+    the one that follows the room."""
+
+    model: _Model = "auto"
+    energy_threshold: _Level = 0.02
+    semantic_check: bool = True
+    silence_duration_ms: _Milliseconds = 600
+    max_silence_ms: _Milliseconds = 3000
+    min_words_for_check: Annotated[int, Field(ge=0, le=100)] = 1
+    prefix_padding_ms: _Milliseconds = 400
+    punctuation_trigger: Annotated[str, Field(max_length=100)] = ".!?" + voice._WIDE_STOPS
+
+
+class GraceSettings(voice._Settings):
+    """How long after a commit the user may still go on, as long as nothing of the answer was heard."""
+
+    enabled: bool = True
+    duration_ms: _Milliseconds = 5000
+
+
+class InterruptSettings(voice._Settings):
+    """Barge-in: decided (`auto`), at once by any sustained speech (`always`), or only by `input.interrupt` (`never`).
+    `save_partial` says what history keeps of the words heard: them, them and a mark, or nothing."""
+
+    mode: Annotated[Literal["auto", "always", "never"], _alias(manual="never", disabled="never")] = "auto"
+    energy_threshold: _Level = 0.05
+    capture_duration_ms: _Milliseconds = 600
+    semantic_check: bool = True
+    model: _Model = "auto"
+    save_partial: Annotated[Literal["none", "marked", "full"], _alias(discard="none", save="full")] = "marked"
+
+
+class LiveVoice(voice._Settings):
+    """`voice` of a live session."""
+
+    input: LiveInput = LiveInput()
+    output: VoiceOutput = VoiceOutput(format="pcm")
+    vad: VADSettings = VADSettings()
+    grace_period: GraceSettings = GraceSettings()
+    interrupt: InterruptSettings = InterruptSettings()
+
+
+class AudioIn(voice._Settings):
+    """The microphone's audio: PCM s16le mono, in Hz."""
+
+    sample_rate: Literal[16_000, 24_000, 48_000] = 16_000
+
+
+class AudioOut(voice._Settings):
+    """The answer's audio: PCM s16le mono, in Hz; as binary frames, or base64 in `audio_delta` events."""
+
+    sample_rate: Literal[8_000, 16_000, 22_050, 24_000, 44_100, 48_000] = 24_000
+    transport: Literal["binary", "json"] = "binary"
+
+
+class LiveConfig(voice._Settings):
+    """`config` of `session.configure`. The model's own fields are those of a message request, and checked as such."""
+
+    model: _Model
+    system: str | list[JSON] | None = None
+    messages: list[JSON] = Field(default_factory=list)
+    tools: list[JSON] = Field(default_factory=list)
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    temperature: float | None = None
+    thinking: JSON | None = None
+    provider_keys: dict[str, str] = Field(default_factory=dict, repr=False)
+    voice: LiveVoice = LiveVoice()
+    audio_in: AudioIn = AudioIn()
+    audio_out: AudioOut = AudioOut()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The turn taker's own times, in seconds, and bounds: not on the wire."""
+
+    check: float = 0.4  # a fast model's answer is waited for so long
+    final: float = 0.4  # the final transcript, where an interim one is there
+    sustained: float = 0.2  # speech that is no click or cough
+    yielding: float = 1.0  # no answer to an interruption: go on when silent by then, else yield
+    paused: float = 2.5  # audio never stays paused longer without words
+    hold: float = 1.0  # an answer does not begin over speech that began less long ago
+    muted: float = 2.0  # no audio comes in: the microphone is off
+    late: float = 2.0  # factor on the silence after digits, spelling and "and …"
+    report: float = 1.0  # a client that has stopped reporting playback is not waited for
+    tool: float = 30.0  # a tool's result
+    stall: float = 120.0  # a run that gives no sign of life is given up
+    turn: float = 300.0  # the longest turn: then what was said so far is committed
+    idle: float = 300.0  # no audio and no message from the client
+    speculations: int = 3  # runs begun in a turn before it was committed
+    tool_rounds: int = 10  # then the model is asked once more, without tools
+
+
+def read_config(value: object) -> LiveConfig:
+    """The `config` of `session.configure`. Raises `InvalidRequestError` whose `param` is the field."""
+    config = voice.read_settings(LiveConfig, value, "config")
+    voice.read_settings(LiveVoice, config.voice, "config.voice")  # which asks the speech service, too
+    return config
+
+
+# == Detectors =========================================================================================================
+
+
+# == Turn-taking =======================================================================================================
+# Everything that can happen, and everything that can be done about it. Times are seconds. The events `vad.listening`,
+# `vad.speech`, `vad.silence` and `transcript.delta` repeat to the client what went in here, so a session sends them.
+
+
+class State(Enum):
+    """Who has the floor; the values are the wire's."""
+
+    LISTENING = "listening"
+    GRACE = "grace"  # committed and running; more words would make one turn of both parts
+    PROCESSING = "processing"
+    SPEAKING = "speaking"  # until the audio has been heard, not until it has been sent
+    INTERRUPT_CAPTURING = "interrupt_capturing"  # somebody speaks over the answer: is it meant?
+
+
+# -- Events: what happened --
+
+
+@dataclass(slots=True)
+class Tick:
+    """Nothing but time has passed: `TurnTaker.deadline` has come. Being early or late does no harm."""
+
+
+@dataclass(slots=True)
+class AudioReceived:
+    """A frame of the microphone's audio, whatever it holds."""
+
+
+@dataclass(slots=True)
+class SpeechStarted:
+    """The detector hears speech; it began `lead` seconds ago."""
+
+    lead: float = 0.0
+
+
+@dataclass(slots=True)
+class SpeechStopped:
+    """The detector hears no more speech; it ended `silence` seconds ago."""
+
+    silence: float = 0.0
+
+
+@dataclass(slots=True)
+class STTFailed:
+    """The speech service is gone and could not be reached anew. What was said so far is committed."""
+
+    error: Error
+
+
+@dataclass(slots=True)
+class TurnChecked:
+    """The answer to `CheckTurn`; None where there is none: no model, an error, neither YES nor NO."""
+
+    check_id: int
+    finished: bool | None
+
+
+@dataclass(slots=True)
+class InterruptChecked:
+    """The answer to `CheckInterrupt`; None where there is none."""
+
+    check_id: int
+    real: bool | None
+
+
+@dataclass(slots=True)
+class InputCommit:
+    """The user says that the turn is over: push-to-talk released."""
+
+
+@dataclass(slots=True)
+class InputInterrupt:
+    """The client interrupts. `transcript` begins the next turn."""
+
+    transcript: str = ""
+
+
+@dataclass(slots=True)
+class InputText:
+    """Typed text: a turn of its own, or the rest of the one that is being spoken. Interrupts what is being said."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class InputContent:
+    """Blocks: with text among them as `InputText`; others (an image) wait for the words that belong to them."""
+
+    content: list[JSON]
+
+
+@dataclass(slots=True)
+class Playback:
+    """The client's report: so much of the answer has left its loudspeaker."""
+
+    response_id: str
+    played: float
+
+
+@dataclass(slots=True)
+class FirstToken:
+    """The model has begun to answer. The same for any sign of life: it postpones `Timing.stall`."""
+
+    response_id: str
+
+
+@dataclass(slots=True)
+class StepEnded:
+    """The model's message is complete: its content as a message has it. Its words are all `Said` by then.
+
+    With `tool_use` blocks, `CallTool`s and then `ContinueRun` follow; after `pause_turn`, `ContinueRun`; else the run
+    is over.
+    """
+
+    response_id: str
+    content: list[JSON]
+    stop_reason: str = "end_turn"
+
+
+@dataclass(slots=True)
+class RunFailed:
+    """The model failed. This one is told at once, also of a run that is still held."""
+
+    response_id: str
+    error: Error
+
+
+@dataclass(slots=True)
+class ToolReturned:
+    """A tool's result: `content` as a `tool_result` block has it."""
+
+    tool_use_id: str
+    content: str | list[JSON]
+    is_error: bool = False
+
+
+@dataclass(slots=True)
+class Said:
+    """More text was given to the speech service, verbatim: what it will speak, not what the model wrote."""
+
+    response_id: str
+    text: str
+
+
+@dataclass(slots=True)
+class Timed:
+    """When words of it are spoken, from the beginning of the answer's audio. Before or after that audio."""
+
+    response_id: str
+    words: tuple[Word, ...]
+
+
+@dataclass(slots=True)
+class AudioMade:
+    """So many more seconds of audio have come from the speech service, and wait. The first asks for `StartAudio`."""
+
+    response_id: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class AudioSent:
+    """So many more seconds of it went out to the client: after `StartAudio`, and not while paused."""
+
+    response_id: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class SpeechEnded:
+    """No more audio will be made: all that was said is spoken, or nothing was said. Every run that is not cancelled
+    gets one, after its last `StepEnded` or before; `Said` after it asks for another."""
+
+    response_id: str
+
+
+@dataclass(slots=True)
+class SpeechFailed:
+    """The speech service is gone in mid-answer and could not be reached anew."""
+
+    response_id: str
+    error: Error
+
+
+InputEvent: TypeAlias = InputCommit | InputInterrupt | InputText | InputContent
+AnswerEvent: TypeAlias = (
+    Playback | FirstToken | StepEnded | RunFailed | Said | Timed | AudioMade | AudioSent | SpeechEnded | SpeechFailed
+)
+Event: TypeAlias = (
+    Tick
+    | AudioReceived
+    | SpeechStarted
+    | SpeechStopped
+    | STTEvent
+    | STTFailed
+    | TurnChecked
+    | InterruptChecked
+    | ToolReturned
+    | InputEvent
+    | AnswerEvent
+)
+
+
+# -- Actions: what to do, in this order. Those whose docstring begins with a wire event are told to the client --
+
+
+@dataclass(slots=True)
+class StateChanged:
+    """`state`."""
+
+    state: State
+
+
+@dataclass(slots=True)
+class FinalizeSTT:
+    """Ask the speech service for what it has: `STTSession.finalize`. `voice.Flushed` answers."""
+
+
+@dataclass(slots=True)
+class CheckTurn:
+    """`vad.analyzing`. Ask the fast model: has the user finished? `TurnChecked` answers, best within `Timing.check`;
+    later it still counts if nothing was said since."""
+
+    check_id: int
+    transcript: str
+
+
+@dataclass(slots=True)
+class CheckInterrupt:
+    """Ask the fast model: does the user want the floor? `spoken` is what the assistant was saying."""
+
+    check_id: int
+    transcript: str
+    spoken: str
+
+
+@dataclass(slots=True)
+class Committed:
+    """`input.committed`."""
+
+    turn_id: str
+    transcript: str
+    forced: bool = False
+
+
+@dataclass(slots=True)
+class StartRun:
+    """Ask the model. `held`: the turn is not committed yet. Then nothing of the run goes out, neither events nor text
+    to speak, and none of its events but `FirstToken` and `RunFailed` come here, until `ReleaseRun`; what it makes is
+    kept till then. Any run may end in `CancelRun`, after which nothing of it may be sent."""
+
+    response_id: str
+    messages: list[JSON] = field(repr=False)
+    held: bool = False
+
+
+@dataclass(slots=True)
+class ReleaseRun:
+    """The run that was held is the answer to the turn just committed."""
+
+    response_id: str
+
+
+@dataclass(slots=True)
+class ContinueRun:
+    """The next step of the run: ask the model with these messages. Where `tools` is false, without tools: this step is
+    the last, whatever it holds."""
+
+    response_id: str
+    messages: list[JSON] = field(repr=False)
+    tools: bool = True
+
+
+@dataclass(slots=True)
+class CancelRun:
+    """Stop the model, its speech and its tools. Unsent audio is dropped; `FlushAudio` went before if any was sent."""
+
+    response_id: str
+
+
+@dataclass(slots=True)
+class CallTool:
+    """`tool_use`. `ToolReturned` answers."""
+
+    response_id: str
+    id: str
+    name: str
+    input: JSON = field(repr=False)
+
+
+@dataclass(slots=True)
+class CancelTool:
+    """The tool took too long: its result no longer counts. (`CancelRun` cancels all tools of a run without this.)"""
+
+    id: str
+
+
+@dataclass(slots=True)
+class GraceStarted:
+    """`grace_period.started`."""
+
+    transcript: str
+    duration: float
+
+
+@dataclass(slots=True)
+class GraceExtended:
+    """`grace_period.extended`: the end of this turn; its words begin the next one. Nothing of it stays."""
+
+    turn_id: str
+    previous_transcript: str
+    new_transcript: str
+
+
+@dataclass(slots=True)
+class GraceExpired:
+    """`grace_period.expired`. Each grace period ends in this or in `GraceExtended`."""
+
+
+@dataclass(slots=True)
+class StartAudio:
+    """`audio.start`. Audio may go out from now on."""
+
+    response_id: str
+
+
+@dataclass(slots=True)
+class PauseAudio:
+    """`audio.pause`. Send no more audio; what the speech service makes is kept."""
+
+    response_id: str
+    position: float
+
+
+@dataclass(slots=True)
+class ResumeAudio:
+    """`audio.resume`. Go on sending where it stopped."""
+
+    response_id: str
+    position: float
+
+
+@dataclass(slots=True)
+class FlushAudio:
+    """`audio.flush`. The client drops what it has not played: everything after `position`."""
+
+    response_id: str
+    position: float
+
+
+@dataclass(slots=True)
+class AudioDone:
+    """`audio.done`: a turn's good end. All of it has been heard. `duration` is 0 where there was nothing to speak."""
+
+    response_id: str
+    duration: float
+
+
+@dataclass(slots=True)
+class InterruptDetecting:
+    """`interrupt.detecting`. Ends in exactly one of `InterruptDismissed`, `Interrupted`, `TurnFailed`."""
+
+
+@dataclass(slots=True)
+class InterruptCaptured:
+    """`interrupt.captured`."""
+
+    transcript: str
+
+
+@dataclass(slots=True)
+class InterruptDismissed:
+    """`interrupt.dismissed`. `reason`: `no_speech`, `echo`, `backchannel`, `not_meant` (the model says so), `unclear`
+    (it did not answer, and the user fell silent)."""
+
+    transcript: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Interrupted:
+    """`response.interrupted`: a turn's other end. `partial_text` is what was heard of the answer."""
+
+    turn_id: str
+    response_id: str
+    partial_text: str
+    interrupt_transcript: str
+    position: float
+
+
+@dataclass(slots=True)
+class TurnFailed:
+    """`error`, not fatal: a turn's bad end. The user's words stay in history."""
+
+    turn_id: str
+    response_id: str
+    error: Error
+
+
+@dataclass(slots=True)
+class TurnMetrics:
+    """`turn.metrics`, after the turn's end. Times are the clock's; None for what never came."""
+
+    turn_id: str
+    speech_end: float | None = None
+    stt_final: float | None = None
+    decision: float | None = None
+    first_token: float | None = None
+    first_audio: float | None = None
+    cancelled_runs: int = 0
+
+
+@dataclass(slots=True)
+class Refused:
+    """`error`, not fatal, outside of an answer: a message that means nothing now, or a user that cannot be heard."""
+
+    error: Error
+
+
+@dataclass(slots=True)
+class Idle:
+    """Nothing came from the client for `Timing.idle`: `session.closed`."""
+
+
+Action: TypeAlias = (
+    StateChanged
+    | FinalizeSTT
+    | CheckTurn
+    | CheckInterrupt
+    | Committed
+    | StartRun
+    | ReleaseRun
+    | ContinueRun
+    | CancelRun
+    | CallTool
+    | CancelTool
+    | GraceStarted
+    | GraceExtended
+    | GraceExpired
+    | StartAudio
+    | PauseAudio
+    | ResumeAudio
+    | FlushAudio
+    | AudioDone
+    | InterruptDetecting
+    | InterruptCaptured
+    | InterruptDismissed
+    | Interrupted
+    | TurnFailed
+    | TurnMetrics
+    | Refused
+    | Idle
+)
+
+
+# == Classifiers =======================================================================================================
+# What words tell without asking a model. Tables hold phrases as `words` leaves them, by language.
+
+
+def _phrases(**languages: str) -> dict[str, frozenset[tuple[str, ...]]]:
+    return {code: frozenset(tuple(words(phrase)) for phrase in table.split("|")) for code, table in languages.items()}
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Where words stand. In scripts without spaces each letter is one."""
+    spans: list[tuple[int, int]] = []
+    begin: int | None = None
+    for at, letter in enumerate(text):
+        if voice._UNSPACED.match(letter):
+            if begin is not None:
+                spans.append((begin, at))
+                begin = None
+            spans.append((at, at + 1))
+        elif unicodedata.category(letter)[0] in "LNM":
+            begin = at if begin is None else begin
+        elif begin is not None and not (letter in "'’ʼ" and text[at + 1 : at + 2].isalpha()):
+            spans.append((begin, at))
+            begin = None
+    return spans if begin is None else [*spans, (begin, len(text))]
+
+
+class _Letters(dict[int, str]):
+    """For `str.translate`: letters, marks and digits stay, apostrophes go, all else is a space; letters of scripts
+    without spaces stand alone."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        if voice._UNSPACED.match(letter):
+            stands_for = f" {letter} "
+        elif letter in "'’ʼ":
+            stands_for = ""
+        else:
+            stands_for = letter if unicodedata.category(letter)[0] in "LNM" else " "
+        if code < 0x10000:  # bounded, whatever is sent
+            self[code] = stands_for
+        return stands_for
+
+
+_LETTERS = _Letters()
+_DRAWN_OUT = re.compile(r"([^\W\d])\1{2,}")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case, punctuation, apostrophes and drawn-out letters ("Yeahhh," is "yeah")."""
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS)
+    return _DRAWN_OUT.sub(r"\1", plain).split()
+
+
+_FILLERS = _phrases(
+    en="um|uh|uhm|umm|er|erm|ah|hm|hmm|mm|m|eh",
+    de="äh|ähm|öh|hm|mh",
+    es="eh|este|em|mm",
+    fr="euh|heu|hum|ben",
+    hi="उम|अं|हम्म|um",
+    it="ehm|mm",
+    pt="é|hum|ahn",
+)
+_BACKCHANNELS = _phrases(
+    en="yeah|yes|yep|yup|ya|yea|ok|okay|k|kay|right|all right|alright|sure|uh huh|uhuh|mm hmm|mhm|mmhmm|mm hm|m hm|"
+    "m hmm|aha|ah|oh|ooh|wow|i see|got it|gotcha|i know|i understand|of course|exactly|true|thats true|thats right|"
+    "indeed|absolutely|definitely|totally|great|good|very good|nice|cool|fine|perfect|awesome|interesting|really|"
+    "makes sense|that makes sense|fair enough|go on|go ahead|please go on|continue|keep going|no problem|no worries|"
+    "no way|oh no|haha|ha|huh|yes please go on",
+    de="ja|jaja|jo|jep|genau|okay|ok|gut|sehr gut|alles klar|klar|verstehe|ich verstehe|verstanden|stimmt|richtig|aha|"
+    "ach so|achso|ach|oh|mhm|hm|natürlich|sicher|super|toll|prima|schön|interessant|wirklich|echt|weiter|"
+    "mach weiter|kein problem|so so",
+    es="sí|si|ajá|aja|vale|claro|claro que sí|ok|okay|bueno|bien|muy bien|ya|ya veo|entiendo|entendido|exacto|"
+    "exactamente|correcto|de acuerdo|perfecto|genial|por supuesto|desde luego|ah|oh|mm|mhm|de verdad|sigue|continúa|"
+    "interesante|no hay problema",
+    fr="oui|ouais|mhm|d'accord|ok|okay|je vois|je comprends|compris|bien sûr|exactement|exact|c'est ça|c'est vrai|"
+    "tout à fait|très bien|bien|bon|super|parfait|génial|ah|oh|ah bon|ah oui|vraiment|intéressant|continue|continuez|"
+    "pas de problème|voilà",
+    hi="हाँ|हां|हा|जी|जी हाँ|जी हां|हाँ जी|हां जी|अच्छा|ठीक|ठीक है|सही|सही है|बिल्कुल|समझ गया|समझ गई|समझा|ओके|ओह|वाह|"
+    "हम्म|हूँ|हूं|सच में|बहुत अच्छा|haan|han|haan ji|ji|ji haan|accha|acha|achha|theek|thik|theek hai|thik hai|sahi|sahi hai|"
+    "bilkul|samajh gaya|samajh gayi|wah|okay|ok",
+    it="sì|si|ok|okay|va bene|certo|capisco|capito|esatto|giusto|bene|perfetto|ah|mhm|continua|davvero|vero",
+    pt="sim|tá|tá bom|ok|okay|certo|claro|entendi|entendo|exato|isso|beleza|bom|perfeito|ah|mhm|aham|continua|verdade",
+    ja="はい|うん|ええ|そう|なるほど|そうですね|そうですか",
+    zh="嗯|对|好|好的|是|是的|对对|哦|明白|知道了",
+)
+# These at the beginning of what is said, or (the second table) as all of it, take the floor.
+_STOPS = _phrases(
+    en="stop|wait|hold on|hang on|hold up|shut up|be quiet|quiet|never mind|nevermind|cancel|enough|that's enough|"
+    "that's not|pause|no|nope|excuse me|one second|one moment|just a second|just a moment|hush|silence",
+    de="stopp|stop|halt|warte|warten sie|moment|moment mal|einen moment|nein|nee|genug|das reicht|ruhe|sei still|"
+    "sei ruhig|hör auf|hören sie auf|aufhören|vergiss es|abbrechen|entschuldigung",
+    es="alto|espera|espere|un momento|un segundo|basta|detente|cállate|cállese|silencio|para ya|no no|olvídalo|cancela|"
+    "perdona|perdón|no eso no",
+    fr="stop|arrête|arrêtez|attends|attendez|un instant|une seconde|un moment|ça suffit|tais toi|taisez vous|silence|"
+    "non|annule|laisse tomber|excusez moi|pardon",
+    hi="रुको|रुकिए|रुक जाओ|रुकिये|ठहरो|ठहरिए|चुप|नहीं|नही|बंद करो|एक मिनट|सुनो|सुनिए|ruko|rukiye|ruk jao|thehro|chup|"
+    "nahin|nahi|band karo|ek minute|suno",
+    it="fermati|fermo|aspetta|aspetti|un momento|un attimo|smettila|zitto|silenzio|scusa",
+    pt="pare|espera|espere|um momento|um minuto|chega|cala a boca|silêncio|não",
+    ja="ちょっと待って|待って|やめて|止めて",
+    zh="停|等等|等一下|别说了|不是",
+)
+_WHOLE_STOPS = _phrases(en="actually|sorry", es="para|no", it="ferma|no|basta", pt="para", hi="बस|bas|ठहर", zh="不")
+_POLITE = _phrases(
+    en="please|hey|and|but|so|well", de="bitte|hey|aber|also", es="por favor|oye|pero", fr="s'il te plaît|mais"
+)
+# A text that ends so goes on, whatever stands behind it.
+_OPEN = _phrases(
+    en="and|or|but|because|cause|if|the|a|an|my|your|our|their|which|whose|than|and then|such as|for example|like a|"
+    "let me think|let me see|let's see|i mean|you know|no wait|hold on|give me a second|one second|the number is|it's",
+    de="und|oder|aber|denn|weil|dass|wenn|ob|der|die|eine|einen|einem|einer|mein|meine|meinen|dein|deine|sondern|"
+    "sowie|und dann|zum beispiel|ich meine|moment|warte",
+    es="y|e|o|u|pero|porque|que|si|el|la|los|las|un|una|unos|mi|tu|su|de|del|con|y luego|por ejemplo|o sea|espera|este",
+    fr="et|ou|mais|parce que|car|que|si|le|la|les|un|une|des|du|de|mon|ma|mes|ton|ta|tes|et puis|par exemple|"
+    "je veux dire|attends",
+    hi="और|या|लेकिन|मगर|क्योंकि|कि|अगर|का|की|के|एक|मेरा|मेरी|मतलब|aur|ya|lekin|kyunki|ki|agar|matlab",
+    it="e|o|ma|perché|che|se|il|lo|la|i|gli|un|una|di|del|con|mio|mia|per esempio|cioè",
+    pt="e|ou|mas|porque|que|se|o|os|um|uma|de|do|da|com|meu|minha|por exemplo|ou seja",
+)
+# … unless punctuation ends it.
+_OPEN_UNMARKED = _phrases(
+    en="to|of|for|with|from|at|in|on|by|about|into|between|so|that|is|are|was|i|we|they|he|she|can you|could you|"
+    "would you|will you|do you|i want|i need|i'd like|i think|i am|i'm|this is|there is|how|what|when|where|why|who",
+    de="ein|mit|für|von|zu|bei|nach|in|im|am|vom|zum|zur|das|ich|wir|kannst du|können sie|ich möchte|ich will|ist|"
+    "ich brauche",
+    es="a|en|por|para|sin|como|al|yo|es|quiero|puedes|necesito|me gustaría",
+    fr="à|au|aux|en|dans|pour|avec|sur|par|je|tu|est|c'est|je veux|je voudrais|peux tu|il y a",
+    hi="को|से|में|पर|मैं|मुझे|ko|se|mein|par|main|mujhe",
+    it="a|in|per|al|è|voglio|vorrei|puoi",
+    pt="a|em|no|na|por|para|é|quero|preciso|você pode",
+)
+_UNFINISHED_MARKS = ("…", "...", ",", ";", ":", "-", "–", "—", "、", "，", "،")
+_QUESTION_MARKS = ("?", "？", "؟", "⁇", "⁈", "⁉")
+_NUMBER_WORDS = voice._split(
+    "zero oh one two three four five six seven eight nine ten twenty thirty forty fifty sixty seventy eighty ninety "
+    "hundred thousand double triple null eins zwei drei vier fünf sechs sieben acht neun uno dos tres cuatro cinco "
+    "seis siete ocho nueve cero deux trois quatre cinq sept huit neuf एक दो तीन चार पांच पाँच छह सात आठ नौ शून्य"
+)
+
+
+def _table(tables: dict[str, frozenset[tuple[str, ...]]], language: str | None) -> frozenset[tuple[str, ...]]:
+    """The phrases of a language and of English; all of them where it has none or is not known."""
+    own = _own(tables, language) if language else frozenset()
+    return own | tables.get("en", frozenset()) if own else frozenset().union(*tables.values())
+
+
+def _own(tables: dict[str, frozenset[tuple[str, ...]]], language: str | None) -> frozenset[tuple[str, ...]]:
+    """The phrases of a language alone, of English where it is not known: "no" ends no English sentence too early."""
+    return tables.get(re.split(r"[-_]", language or "en")[0].lower(), frozenset())
+
+
+def _begins(said: Sequence[str], table: frozenset[tuple[str, ...]]) -> int:
+    """The length of the longest phrase that `said` begins with; 0 for none."""
+    return next((n for n in range(min(7, len(said)), 0, -1) if tuple(said[:n]) in table), 0)
+
+
+def _ends(said: Sequence[str], table: frozenset[tuple[str, ...]]) -> bool:
+    return any(tuple(said[-n:]) in table for n in range(1, min(5, len(said)) + 1))
+
+
+def _consists(said: Sequence[str], table: frozenset[tuple[str, ...]], most: int) -> bool:
+    """Whether it is nothing but phrases of a table, `most` of them, repetitions aside."""
+    phrases: list[tuple[str, ...]] = []
+    while said:
+        n = _begins(said, table)
+        if not n:
+            return False
+        if not phrases or phrases[-1] != tuple(said[:n]):
+            phrases.append(tuple(said[:n]))
+        said = said[n:]
+    return 0 < len(phrases) <= most
+
+
+def is_filler(text: str, language: str | None = None) -> bool:
+    """Nothing but "um"."""
+    return _consists(words(text), _table(_FILLERS, language), 100)
+
+
+def is_backchannel(text: str, language: str | None = None) -> bool:
+    """An acknowledgement that leaves the floor to who has it: "Yeah, yeah.", "Uh-huh", "ja, genau"."""
+    return _consists(words(text), _table(_BACKCHANNELS, language) | _table(_FILLERS, language), 4)
+
+
+def is_stop(text: str, language: str | None = None) -> bool:
+    """Words that claim the floor whatever follows: "Stop", "okay, wait a second", "nein, nicht das"."""
+    said = words(text)
+    if is_backchannel(text, language):
+        return False
+    stops, before = _table(_STOPS, language), _table(_BACKCHANNELS, language) | _table(_FILLERS, language)
+    before |= _table(_POLITE, language)
+    whole = _table(_WHOLE_STOPS, language) | stops
+    while said:
+        if _begins(said, stops) or _consists(said, whole, 4):
+            return True
+        said = said[_begins(said, before) or len(said) :]
+    return False
+
+
+def is_echo(text: str, spoken: str) -> bool:
+    """Whether this is what the assistant is saying, as a microphone hears it: one run of its words, four in five of
+    them right; of one or two words, both."""
+    heard, said = words(text), words(spoken)
+    if not heard:
+        return False
+    starts = range(len(said) - len(heard) + 1)
+    if any(said[at : at + len(heard)] == heard for at in starts):
+        return True
+    if len(heard) < 3:
+        return False
+    alike = difflib.SequenceMatcher(None, heard, said, autojunk=False).get_matching_blocks()
+    found = [block for block in alike if block.size]
+    run = found[-1].b + found[-1].size - found[0].b if found else 0
+    return sum(block.size for block in found) >= 0.8 * len(heard) and run <= 1.5 * len(heard)
+
+
+def is_finished(text: str, language: str | None = None) -> bool:
+    """Whether it sounds complete, as far as the last words tell: the answer where no model gives one."""
+    text, said = text.rstrip().rstrip("\"'”’»)"), words(text)
+    if not said or is_filler(text, language) or text.endswith(_UNFINISHED_MARKS):
+        return False
+    if text.endswith(_QUESTION_MARKS):
+        return True
+    if _ends(said, _own(_FILLERS, language)) or _ends(said, _own(_OPEN, language)):
+        return False
+    return text[-1] in "!." + voice._WIDE_STOPS or not _ends(said, _own(_OPEN_UNMARKED, language))
+
+
+def takes_time(text: str, language: str | None = None) -> bool:
+    """Whether a pause is to be expected here: digits, spelling, a trailing "and …"."""
+    said = words(text)
+    if text.rstrip().endswith(_QUESTION_MARKS) or not said:
+        return False
+    letters = [word for word in said[-3:] if len(word) == 1 and not voice._UNSPACED.match(word)]
+    spelled = [word for word in letters if word not in "aiyoeéàuè"]
+    dictated = [word for word in said[-2:] if word.isnumeric() or word in _NUMBER_WORDS]
+    number = said[-1].isdigit() and len(said[-1]) > 2
+    return len(spelled) > 1 or len(dictated) > 1 or number or not is_finished(text, language)
+
+
+# == Heard text ========================================================================================================
+# What the user said, what the user heard, and what of both is history.
+
+
+class UserWords:
+    """What the user has said since the last turn, out of a stream of interim and final transcripts.
+
+    A transcript is revised until it is final, so words of one that were taken are known by their number: what comes
+    later of the same utterance is what follows them. No word is taken twice.
+    """
+
+    def __init__(self) -> None:
+        self._final = ""
+        self._interim = ""
+        self._taken = 0  # words of the utterance that is not final yet
+        self._dismissed = 0  # words of `text` that did not mean anything
+        self._apart = True  # what comes next was transcribed apart from what is there
+
+    @property
+    def text(self) -> str:
+        """All of it. What was dismissed is part of it while it may still grow into more."""
+        return self._joined(self._interim).strip()
+
+    @property
+    def fresh(self) -> str:
+        """All of it, if there is more than what was dismissed."""
+        return self.text if len(words(self.text)) > self._dismissed else ""
+
+    def add(self, text: str, is_final: bool) -> bool:
+        """Whether words have come or changed."""
+        before = words(self.text)
+        if self._taken:
+            spans = _spans(text)
+            text = text[spans[self._taken][0] :] if len(spans) > self._taken else ""
+        self._interim = text if words(text) else ""
+        if is_final:
+            self._final, self._interim, self._taken, self._apart = self._joined(self._interim), "", 0, False
+        if is_final and self._dismissed and len(words(self._final)) <= self._dismissed:
+            self._final, self._dismissed = "", 0
+        now = words(self.text)
+        return bool(now) and now != before
+
+    def part(self) -> None:
+        """The speech service was flushed, or has ended a turn: what comes next is an utterance of its own."""
+        self._apart, self._taken = True, 0
+
+    def take(self) -> str:
+        """All that is fresh, for a turn."""
+        taken = self.fresh
+        self._taken += len(_spans(self._interim))
+        self._final, self._interim, self._dismissed, self._apart = "", "", 0, True
+        return taken
+
+    def dismiss(self) -> None:
+        """It means nothing, unless more comes of it."""
+        self._dismissed = len(words(self.text))
+        if not self._interim:
+            self._final, self._dismissed = "", 0
+
+    def _joined(self, more: str) -> str:
+        return self._final + (voice._gap(self._final, more) if self._apart else "") + more
+
+
+class Ledger:
+    """What of one answer has been heard by now.
+
+    `said` is the text that was given out to be spoken; `made`, `sent` and `position(now)` are seconds of its audio:
+    come from the speech service, gone to the client, heard. A position is the smaller of what the client reports and
+    what real time allows: audio is heard at its own speed from when it was sent, and not while paused.
+    """
+
+    CHARACTERS_A_SECOND = 15.0  # of speech, where nothing better is known
+    NEARLY = 0.05  # seconds: a client's report is as good as complete
+
+    def __init__(self) -> None:
+        self.said = ""
+        self.made = 0.0
+        self.sent = 0.0
+        self.complete = False  # all of the audio is made
+        self._words: list[Word] = []
+        self._clock = 0.0  # what real time allows to have been heard, at …
+        self._at = 0.0
+        self._end = 0.0  # when that is, or was, all that was sent
+        self._paused = False
+        self._reported: float | None = None
+        self._progress = 0.0  # when the reports last went on
+
+    def say(self, text: str) -> None:
+        self.said += text
+        self.complete = False
+
+    def time(self, words: Iterable[Word]) -> None:
+        """When words of `said` are spoken, in order."""
+        self._words += words
+
+    def make(self, seconds: float) -> None:
+        self.made += seconds
+
+    def send(self, now: float, seconds: float) -> None:
+        self._advance(now)
+        self.sent += seconds
+        self._end = self._at + self.sent - self._clock
+
+    def report(self, now: float, seconds: float) -> None:
+        """The client says how much it has played. Reports may come late or twice, but a position never goes back."""
+        self._advance(now)
+        if self._reported is None or seconds > self._reported:
+            self._reported, self._progress = max(seconds, 0.0), now
+
+    def pause(self, now: float) -> None:
+        self._advance(now)
+        self._paused = True
+
+    def resume(self, now: float) -> None:
+        self._advance(now)
+        self._paused = False
+        self._end = self._at + self.sent - self._clock
+
+    def position(self, now: float) -> float:
+        """Seconds that have been heard."""
+        self._advance(now)
+        return self._clock if self._reported is None else min(self._clock, self._reported)
+
+    def heard_at(self, now: float, patience: float) -> float | None:
+        """When all that was made is, or was, heard; None while some is to be sent, or it is paused.
+
+        A client that reports is believed for as long as its reports go on, and `patience` seconds longer.
+        """
+        self._advance(now)
+        if self._paused or self.sent < self.made - 1e-6:
+            return None
+        if self._reported is None or self._reported >= self.sent - self.NEARLY:
+            return self._end
+        return max(self._end, self._progress) + patience
+
+    def heard(self, now: float) -> str:
+        """The words that have been heard to their end: the beginning of `said`."""
+        position = self.position(now) + 1e-6
+        if self.complete and position >= self.made - self.NEARLY:
+            return self.said
+        if not self._words:
+            return self._share(position)
+        at = 0
+        for word in self._words:
+            if word.end > position:
+                break
+            found = self.said.find(word.word, at)
+            at = found + len(word.word) if found >= 0 else at
+        while 0 < at < len(self.said) and not self.said[at].isspace() and not self.said[at].isalnum():
+            at += 1  # the full stop belongs to the word
+        return self.said[:at]
+
+    def near(self, now: float, seconds: float) -> str:
+        """What was said within so many seconds before now, and is about to be said."""
+        heard = len(self.heard(now))
+        reach = round(seconds * self.CHARACTERS_A_SECOND)
+        begin = self.said.rfind(" ", 0, max(heard - reach, 0)) + 1
+        end = self.said.find(" ", heard + reach // 3)
+        return self.said[begin : end if end >= 0 else None]
+
+    def _share(self, position: float) -> str:
+        """By the share of the audio that was heard, whole words only."""
+        text = self.said
+        total = self.made if self.complete else max(self.made, len(text) / self.CHARACTERS_A_SECOND)
+        cut = int(len(text) * position / total) if total else 0
+        return text[: max((end for _, end in _spans(text) if end <= cut), default=0)]
+
+    def _advance(self, now: float) -> None:
+        if not self._paused:
+            self._clock = min(self.sent, self._clock + max(now - self._at, 0.0))
+        self._at = max(now, self._at)
+
+
+_Message: TypeAlias = tuple[str, list[JSON]]  # role and content
+
+
+def text_block(text: str) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def append_message(messages: list[JSON], role: str, content: str | list[JSON]) -> None:
+    """One message more, or more of the last one, for roles must alternate. Messages that are there stay as they are."""
+    if not content:
+        return
+    last = messages[-1] if messages else {}
+    if last.get("role") != role:
+        messages.append({"role": role, "content": content})
+        return
+    both = [[text_block(one)] if isinstance(one, str) else one for one in (last["content"], content)]
+    messages[-1] = {**last, "content": both[0] + both[1]}
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call of a run. `result` is a `tool_result` block; `ran`: it is the tool's own."""
+
+    id: str
+    name: str
+    input: JSON
+    called: bool = False
+    deadline: float = 0.0
+    result: JSON | None = None
+    ran: bool = False
+
+    @property
+    def fate(self) -> str:
+        """What there is instead of a result."""
+        return "cancelled: the turn ended before it " + ("was done" if self.called else "was called")
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes two calls the same."""
+        return self.name, json.dumps(self.input, sort_keys=True)
+
+
+@dataclass(slots=True)
+class Step:
+    """A message of the model, complete, and the calls in it. Its words are the ledger's up to `said`."""
+
+    content: list[JSON]
+    said: int
+    calls: list[Call]
+
+    def results(self) -> list[JSON]:
+        return [call.result or unanswered(call.id, call.fate) for call in self.calls]
+
+
+def unanswered(tool_use_id: str, why: str) -> JSON:
+    """The result of a call that has none: each `tool_use` needs one."""
+    return {"type": "tool_result", "tool_use_id": tool_use_id, "content": why, "is_error": True}
+
+
+def answer_messages(steps: Iterable[Step], said: str, heard: int | None, save_partial: str) -> list[_Message]:
+    """What of an answer is history: pairs of role and content.
+
+    `heard` is how many characters of `said` were heard; None for all there is. Steps heard to their end stay as the
+    model wrote them. Of the one that was cut off, the words heard stay, as they were spoken, and as `save_partial` has
+    it; of those after it none. Tool calls stay, with the thinking that belongs to them.
+    """
+    kept: list[_Message] = []
+    begin = 0
+    for step in steps:
+        if heard is None or heard >= len(said[: step.said].rstrip()):
+            content = [block for block in step.content if block.get("type") != "text" or block["text"].strip()]
+        else:
+            content = _cut(step.content, said[begin : max(heard, begin)], save_partial)
+        kept += [("assistant", content), ("user", step.results())]
+        begin = step.said
+    if heard is not None:
+        kept.append(("assistant", _cut([], said[begin : max(heard, begin)], save_partial)))
+    return [(role, content) for role, content in kept if content]
+
+
+def _cut(content: Sequence[JSON], heard: str, save_partial: str) -> list[JSON]:
+    text = "" if save_partial == "none" else heard.strip()
+    if text and save_partial == "marked":
+        text += " [interrupted]"
+    calls = [block for block in content if block.get("type") == "tool_use"]
+    thinking = [block for block in content if block.get("type") in ("thinking", "redacted_thinking")] if calls else []
+    return [*thinking, *([text_block(text)] if text else []), *calls]
+
+
+def ran_messages(steps: Iterable[Step]) -> list[_Message]:
+    """What stays of a run that is taken back: the tools that ran, for they are not to run again."""
+    kept: list[_Message] = []
+    for step in steps:
+        ran = {call.id: call.result for call in step.calls if call.ran and call.result}
+        content = _cut(step.content, "", "none")
+        if ran:
+            content = [block for block in content if block["type"] != "tool_use" or block["id"] in ran]
+            kept += [("assistant", content), ("user", list(ran.values()))]
+    return kept
+
+
+# == The turn taker ====================================================================================================
+
+
+@dataclass(slots=True)
+class _Run:
+    """An answer in the making."""
+
+    id: str
+    key: object  # of what it answers
+    alive: float
+    ledger: Ledger = field(default_factory=Ledger)
+    steps: list[Step] = field(default_factory=list)
+    audible: bool = False  # `StartAudio` was told
+    over: bool = False  # the model has said all
+    first_token: float | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of the last step, which the next one waits for."""
+        return self.steps[-1].calls if self.steps else []
+
+    @property
+    def waits(self) -> bool:
+        return any(call.result is None for call in self.calls)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What the user said, committed, and its answer."""
+
+    id: str
+    parts: list[str | JSON]
+    prior: list[_Message]  # tools that ran before the turn was extended
+    run: _Run
+    metrics: TurnMetrics
+    grace: float | None = None  # open until then
+
+
+@dataclass(slots=True)
+class _Question:
+    """Asked of the fast model."""
+
+    id: int
+    key: list[str]  # the words it is about
+    due: float
+    answer: bool | None = None
+    answered: bool = False
+
+
+@dataclass(slots=True)
+class _Capture:
+    """Somebody speaks over the answer."""
+
+    began: float
+    until: float
+    told: bool = False  # `InterruptCaptured`
+    question: _Question | None = None
+
+
+class TurnTaker:
+    """Who has the floor. Time arrives with every call; nothing here waits or does I/O.
+
+        turns = TurnTaker(config.voice, stt_turns=stt.turns, history=config.messages)
+        while True:
+            event = await next_event(until=turns.deadline)      # Tick() where the deadline came first
+            for action in turns.handle(clock(), event):
+                await perform(action)                           # quick: what takes long runs beside, and sends events
+
+    `clock` never goes back. Events of a run that is over mean nothing and are ignored, so a session need not filter
+    what arrives late. `stt_turns`: the speech service finds turns itself. `side_effects` names the tools that wait for
+    the end of the grace period. `history` is what was said before the session.
+    """
+
+    # An event only changes what is known; `_evaluate` then applies the rules below to that until none has anything left
+    # to do. So no order of events is special, and what was missed is made up for at the next one. A rule that waits for
+    # a time names it by `_reached`; the earliest of these is the deadline.
+
+    def __init__(
+        self,
+        settings: LiveVoice | None = None,
+        *,
+        stt_turns: bool = False,
+        side_effects: Collection[str] = (),
+        history: Sequence[JSON] = (),
+        timing: Timing | None = None,
+    ) -> None:
+        self.state = State.LISTENING
+        self.deadline: float | None = None  # when `handle(now, Tick())` is next due
+        self._settings = settings = settings or LiveVoice()
+        self._timing = timing or Timing()
+        detection = settings.input.turn_detection
+        self._stt_turns = stt_turns
+        self._detection = detection if detection in ("vad", "manual") else "stt" if stt_turns else "vad"
+        self._language = settings.input.language
+        self._side_effects = frozenset(side_effects)
+        self._history = list(history)
+        self._silence = settings.vad.silence_duration_ms / 1000
+        self._max_silence = max(settings.vad.max_silence_ms / 1000, self._silence)
+        self._capture_seconds = settings.interrupt.capture_duration_ms / 1000
+
+        self._now = 0.0
+        self._out: list[Action] = []
+        self._due: list[float] = []
+        self._count = 0  # of turns, runs and questions: their ids
+
+        # What is heard of the user
+        self._voice = False
+        self._voice_at = 0.0  # when it last began
+        self._silent_at: float | None = None  # since when there is none
+        self._heeded = False  # this stretch of speech was dealt with: only words of it count now
+        self._audio_at: float | None = None  # the last frame
+        self._contact: float | None = None  # the client's last sign of life
+        self._idle = False
+        self._words = UserWords()
+        self._words_at = 0.0  # when words last came
+        self._final_at: float | None = None  # when final ones did
+        self._began: float | None = None  # when the first words of the turn came
+        self._finalized: float | None = None  # when the speech service was last asked for what it has
+        self._finalizing = False  # and it has not answered yet
+        self._turn_ended = False  # the speech service says so, of the words that are there
+
+        # The turn that is being spoken
+        self._parts: list[str | JSON] = []  # before `_words`: spoken text, and blocks
+        self._prior: list[_Message] = []
+        self._commit_by: float | None = None  # to be committed whatever it says, once its last words are there
+        self._forced = False
+        self._question: _Question | None = None
+        self._held: _Run | None = None  # the answer, if it is what will be committed
+        self._speculations = 0
+        self._cancelled = 0
+
+        # The turn that is being answered
+        self._turn: _Turn | None = None
+        self._capture: _Capture | None = None
+        self._tail = ""  # what was last spoken, and …
+        self._tail_at = -math.inf  # when it was over: it may still come back as an echo
+
+    @property
+    def messages(self) -> list[JSON]:
+        """The conversation so far as a request has it: what was said, and of past answers what was heard."""
+        if self._turn is None:
+            return list(self._history)
+        return self._asked(self._turn.parts, self._turn.prior, self._turn.run)
+
+    def handle(self, now: float, event: Event) -> list[Action]:
+        """What is to be done about an event, in this order."""
+        self._out, self._now = [], now
+        if self._contact is None:
+            self._contact = now
+        if isinstance(event, AudioReceived):  # fifty times a second
+            self._audio_at = self._contact = now
+            event = Tick()
+            if self.deadline is None or now < self.deadline:
+                self.deadline = min(now + self._timing.muted, math.inf if self.deadline is None else self.deadline)
+                return []
+        if self.deadline is not None and now >= self.deadline:
+            self._evaluate()
+        if not isinstance(event, Tick):
+            self._note(event)
+            self._evaluate()
+        return self._out
+
+    # -- Events --
+
+    def _note(self, event: Event) -> None:
+        """What an event changes."""
+        match event:
+            case SpeechStarted():
+                if not self._voice:
+                    self._voice, self._voice_at, self._heeded = True, self._now - event.lead, False
+            case SpeechStopped():
+                self._fall_silent(self._now - event.silence)
+            case voice.Transcript():
+                self._hear(event.text, event.is_final)
+            case voice.TurnStarted():
+                if not self._voice and self.state is State.SPEAKING:
+                    self._begin_capture()
+            case voice.TurnEagerEnd():
+                if self._detection == "stt" and self._turn is None:
+                    self._speculate()
+            case voice.TurnResumed():
+                self._turn_ended = False
+                self._drop_held()
+            case voice.TurnEnded():  # its final transcript came before
+                self._words.part()
+                self._finalizing, self._turn_ended = False, True
+            case voice.Flushed():
+                self._finalizing = False
+                self._words.part()
+            case STTFailed():
+                self._do(Refused(event.error))
+                self._voice, self._finalizing = False, False
+                if self._turn is None:
+                    self._commit_soon(forced=True, patience=0)
+            case TurnChecked():
+                self._take_answer(self._question, event.check_id, event.finished)
+            case InterruptChecked():
+                self._take_answer(self._capture.question if self._capture else None, event.check_id, event.real)
+            case ToolReturned():
+                self._contact = self._now
+                self._take_result(event)
+            case _ if isinstance(event, InputEvent):
+                self._contact, self._idle = self._now, False
+                self._note_input(event)
+            case _ if isinstance(event, AnswerEvent):
+                self._note_answer(event)
+
+    def _note_input(self, event: InputEvent) -> None:
+        """A message of the client's."""
+        match event:
+            case InputCommit():
+                self._fall_silent(self._now)
+                self._finalize()
+                self._commit_soon(forced=False, patience=self._timing.final if self._pending() else self._timing.muted)
+            case InputInterrupt():
+                if self._turn is None and not event.transcript.strip():
+                    self._refuse("there is nothing to interrupt", "nothing_to_interrupt")
+                    return
+                self._add_interruption(event.transcript.strip())
+                if self._turn is not None:
+                    self._interrupt(self._turn)
+            case InputText():
+                if not event.text.strip():
+                    self._refuse("the text is empty", "nothing_to_commit")
+                    return
+                self._type([text_block(event.text)])
+            case InputContent():
+                if not event.content:
+                    self._refuse("the content is empty", "nothing_to_commit")
+                elif any(block.get("type") == "text" for block in event.content):
+                    self._type(event.content)
+                else:
+                    self._parts += event.content
+
+    def _add_interruption(self, transcript: str) -> None:
+        """What the client says that the user says; we may have heard a part of it ourselves."""
+        if not transcript:
+            return
+        own = words(self._words.fresh)
+        if words(transcript)[: len(own)] == own:
+            self._words.take()
+        self._add_part(transcript)
+        self._words_at = self._now
+        self._began = self._began or self._now
+        if not self._voice:
+            self._silent_at = self._now
+
+    def _note_answer(self, event: AnswerEvent) -> None:
+        """Something about a run: the one that is answering, or the one that is held."""
+        if isinstance(event, Playback):
+            self._contact = self._now
+        held = self._held
+        if held is not None and held.id == event.response_id:
+            if isinstance(event, FirstToken):
+                held.first_token = held.first_token or self._now
+            elif isinstance(event, RunFailed):  # perhaps it succeeds when it is meant
+                self._drop_held()
+            return
+        if self._turn is None or self._turn.run.id != event.response_id:
+            return
+        turn, run, ledger = self._turn, self._turn.run, self._turn.run.ledger
+        run.alive = self._now
+        match event:
+            case Playback():
+                ledger.report(self._now, event.played)
+            case FirstToken():
+                run.first_token = run.first_token or self._now
+            case StepEnded():
+                self._end_step(turn, event)
+            case RunFailed() | SpeechFailed():
+                self._fail(turn, event.error)
+            case Said():
+                ledger.say(event.text)
+                if run.over:
+                    run.steps[-1].said = len(ledger.said)
+            case Timed():
+                ledger.time(event.words)
+            case AudioMade():
+                ledger.make(event.seconds)
+            case AudioSent():
+                ledger.send(self._now, event.seconds)
+            case SpeechEnded():
+                ledger.complete = True
+
+    def _hear(self, text: str, is_final: bool) -> None:
+        if is_final and self._turn is None:
+            self._final_at = self._now
+        if not self._words.add(text, is_final):
+            return
+        self._words_at, self._turn_ended = self._now, False
+        if self._began is None:
+            self._began = self._now
+        # Words after a second of silence that are no late final ones: there was speech that the detector missed.
+        missed = self._silent_at is None or (not self._finalizing and self._now - self._silent_at > 1.0)
+        if not self._voice and missed:
+            self._silent_at = self._now
+
+    def _fall_silent(self, at: float) -> None:
+        if self._voice:
+            self._voice, self._silent_at = False, max(at, self._voice_at)
+            self._finalize()
+
+    def _finalize(self) -> None:
+        """All that was heard is wanted now."""
+        if not self._finalizing or (self._finalized is not None and self._finalized < self._voice_at):
+            self._finalized, self._finalizing = self._now, True
+            if not self._stt_turns:
+                self._do(FinalizeSTT())
+
+    def _take_answer(self, question: _Question | None, check_id: int, answer: bool | None) -> None:
+        if question is not None and question.id == check_id and not question.answered:
+            question.answer, question.answered = answer, True
+
+    # -- Rules --
+
+    def _evaluate(self) -> None:
+        acted = True
+        while acted:
+            self._due = []
+            acted = self._muted() or (self._take_turn() if self._turn is None else self._answer(self._turn))
+        self._rest()
+        self.deadline = min(self._due, default=None)
+
+    def _reached(self, time: float) -> bool:
+        """Whether it is so late; if not, that is a time to look again."""
+        if self._now >= time - 1e-6:
+            return True
+        self._due.append(time)
+        return False
+
+    def _muted(self) -> bool:
+        """No audio comes any more, in the middle of a turn."""
+        if self._audio_at is None or self._detection == "manual":
+            return False
+        said = self._pending() if self._turn is None and self._commit_by is None else ""
+        is_open = said != "" and not is_filler(said, self._language)
+        if not (self._voice or is_open) or not self._reached(self._audio_at + self._timing.muted):
+            return False
+        self._fall_silent(self._audio_at)
+        if is_open:
+            self._finalize()
+            self._commit_soon(forced=True, patience=self._timing.final)
+        return True
+
+    def _rest(self) -> None:
+        """Nobody is there."""
+        if self._turn is not None or self._idle or self._contact is None:
+            return
+        if self._reached(self._contact + self._timing.idle):
+            self._idle = True
+            self._do(Idle())
+
+    def _take_turn(self) -> bool:
+        """The user has the floor. Has the turn ended?"""
+        text = self._pending()
+        if self._held is not None and self._held.key != self._key():
+            self._drop_held()
+        if self._commit_by is not None:
+            return self._commit_when_complete(text, self._commit_by)
+        if not text or is_filler(text, self._language) or self._is_own_echo(text):
+            self._began = None
+            return False
+        if self._detection == "manual":
+            return False
+        if self._detection == "stt" and self._turn_ended:
+            return self._commit()
+        if self._began is not None and self._reached(self._began + self._timing.turn):
+            return self._commit(forced=True)
+        if self._voice:
+            return self._speech_without_words()
+        silent_at = self._words_at if self._silent_at is None else self._silent_at
+        if self._reached(silent_at + self._max_silence):
+            return self._commit(forced=True)
+        return self._detection == "vad" and self._take_turn_by_text(text, silent_at)
+
+    def _commit_when_complete(self, text: str, at: float) -> bool:
+        if self._finalizing and not self._reached(at):
+            return False
+        if text:
+            return self._commit(forced=self._forced)
+        self._refuse_commit()
+        return True
+
+    def _refuse_commit(self) -> None:
+        self._commit_by = None
+        if not self._forced:
+            self._refuse("nothing was said", "nothing_to_commit")
+
+    def _is_own_echo(self, text: str) -> bool:
+        """The end of the answer, coming back when it is over."""
+        if self._now - self._tail_at > 3.0 or len(words(text)) < 3 or not is_echo(text, self._tail):
+            return False
+        self._words.dismiss()
+        return True
+
+    def _speech_without_words(self) -> bool:
+        """The detector hears speech but no words come of it: it is the room. What was said before is not to wait."""
+        quiet_at = max(self._words_at, self._voice_at) + self._max_silence
+        if not self._reached(quiet_at):
+            return False
+        if not self._stt_turns and (self._finalized is None or self._finalized < quiet_at):
+            self._finalizing = False
+            self._finalize()
+        asked = quiet_at if self._finalized is None else self._finalized
+        return self._reached(max(quiet_at, asked + self._timing.final)) and self._commit(forced=True)
+
+    def _take_turn_by_text(self, text: str, silent_at: float) -> bool:
+        """Silence, and what the words say."""
+        key = words(text)
+        if not self._settings.vad.semantic_check:
+            finished, at = True, silent_at + self._silence
+        else:
+            verdict = self._ask_whether_finished(text, key, silent_at)
+            if verdict is None:
+                return False
+            finished, by_model = verdict
+            at = silent_at if by_model else silent_at + self._silence
+        if self._finalizing and self._finalized is not None:
+            at = max(at, self._finalized + self._timing.final)
+        return finished and self._reached(at) and self._commit()
+
+    def _ask_whether_finished(self, text: str, key: list[str], silent_at: float) -> tuple[bool, bool] | None:
+        """Whether the user has finished, and whether a model says so; None while that is being found out."""
+        question = self._question
+        if question is None or question.key != key:
+            if not self._reached(silent_at + self._silence_before_check(text)):
+                return None
+            question = self._question = _Question(self._next(), key, self._now + self._timing.check)
+            if len(key) < self._settings.vad.min_words_for_check:
+                question.answered = True
+            else:
+                self._do(CheckTurn(question.id, text))
+                if is_finished(text, self._language):
+                    self._speculate()
+        if question.answer is not None:
+            return question.answer, True
+        if question.answered or self._reached(question.due):
+            return is_finished(text, self._language), False
+        return None
+
+    def _silence_before_check(self, text: str) -> float:
+        if takes_time(text, self._language):
+            return min(self._silence * self._timing.late, self._max_silence)
+        ended = text.rstrip().rstrip("\"'”’»)")[-1:]
+        return 0.0 if ended and ended in self._settings.vad.punctuation_trigger else self._silence
+
+    def _answer(self, turn: _Turn) -> bool:
+        """The assistant has the floor. Does the user want it, and how far is the answer?"""
+        if self._stalled(turn) or self._grace_over(turn) or self._work_tools(turn):
+            return True
+        if self._capture is not None:
+            return self._decide(turn, self._capture)
+        return self._barge_in(turn) or self._begin_audio(turn) or self._end_audio(turn)
+
+    def _stalled(self, turn: _Turn) -> bool:
+        run = turn.run
+        if run.waits or self._capture is not None or not self._reached(run.alive + self._timing.stall):
+            return False
+        self._fail(turn, ProviderTimeoutError("the answer does not go on", code="answer_stalled"))
+        return True
+
+    def _grace_over(self, turn: _Turn) -> bool:
+        if turn.grace is None:
+            return False
+        until = turn.grace
+        if self._voice and self._voice_at < until:  # speech that began within grace may still bring its words
+            until = max(until, self._voice_at + self._timing.hold)
+        if not self._reached(until):
+            return False
+        self._end_grace(turn)
+        if self.state is State.GRACE:
+            self._go(State.PROCESSING)
+        return True
+
+    def _work_tools(self, turn: _Turn) -> bool:
+        """Calls what may be called, gives up what takes too long, and goes on when all is there."""
+        acted = False
+        for call in turn.run.calls:
+            if call.result is not None:
+                continue
+            if not call.called and (turn.grace is None or call.name not in self._side_effects):
+                acted, call.called, call.deadline = True, True, self._now + self._timing.tool
+                self._do(CallTool(turn.run.id, call.id, call.name, call.input))
+            elif call.called and self._reached(call.deadline):
+                acted, call.result = True, unanswered(call.id, f"timed out after {self._timing.tool:g} seconds")
+                self._do(CancelTool(call.id))
+        if acted:
+            self._go_on(turn)
+        return acted
+
+    def _go_on(self, turn: _Turn) -> None:
+        """The model's next step, once all results are there."""
+        run = turn.run
+        if not run.waits:
+            run.alive = self._now
+            tools = len(run.steps) < self._timing.tool_rounds
+            self._do(ContinueRun(run.id, self._asked(turn.parts, turn.prior, run), tools))
+
+    def _barge_in(self, turn: _Turn) -> bool:
+        """Speech while the answer is being made or spoken."""
+        mode, run = self._settings.interrupt.mode, turn.run
+        if self._commit_by is not None:
+            return self._barge_in_by_hand(turn, self._commit_by)
+        if self._words.fresh:
+            if turn.grace is not None and not run.audible:
+                return self._extend(turn)
+            if not run.audible and is_backchannel(self._words.fresh, self._language):
+                self._words.dismiss()
+                return True
+            if mode == "always":
+                self._interrupt(turn)
+                return True
+            if mode == "auto":
+                self._begin_capture()
+                return True
+        if mode == "never" or self.state is not State.SPEAKING or not self._voice or self._heeded:
+            return False
+        if not self._reached(self._voice_at + self._timing.sustained):
+            return False
+        if mode == "always":
+            self._interrupt(turn)
+        else:
+            self._begin_capture()
+        return True
+
+    def _barge_in_by_hand(self, turn: _Turn, commit_by: float) -> bool:
+        """Push-to-talk while the answer is being made or spoken."""
+        if self._words.fresh and turn.grace is not None and not turn.run.audible:
+            self._take_back(turn, self._words.fresh)
+        elif self._words.fresh:
+            self._interrupt(turn)
+        elif self._finalizing and not self._reached(commit_by):
+            return False
+        else:
+            self._refuse_commit()
+        return True
+
+    def _extend(self, turn: _Turn) -> bool:
+        """More words within grace: both parts are one turn."""
+        if is_backchannel(self._words.fresh, self._language):
+            self._words.dismiss()
+        else:
+            self._take_back(turn, self._words.fresh)
+        return True
+
+    def _take_back(self, turn: _Turn, new: str) -> None:
+        """The turn never was: its words, and the tools that ran, are those of the next."""
+        self._do(CancelRun(turn.run.id))
+        self._do(GraceExtended(turn.id, _transcript(turn.parts), new))
+        self._cancelled += 1
+        self._parts = turn.parts + self._parts
+        self._prior = turn.prior + ran_messages(turn.run.steps)
+        self._began = self._began or self._now
+        self._release_floor()
+
+    def _begin_audio(self, turn: _Turn) -> bool:
+        run = turn.run
+        if not run.audible:
+            if run.ledger.made <= 0:
+                return False
+            if self._voice and not self._heeded and not self._reached(self._voice_at + self._timing.hold):
+                return False
+            run.audible, self._heeded = True, self._voice
+            turn.metrics.first_audio = self._now
+            self._do(StartAudio(run.id))
+            self._go(State.SPEAKING)
+            return True
+        at = run.ledger.heard_at(self._now, self._timing.report)
+        if self.state is State.SPEAKING or (at is not None and at <= self._now + 1e-6):
+            return False
+        self._go(State.SPEAKING)
+        return True
+
+    def _waiting(self, run: _Run) -> bool:
+        """Whether everything was heard, and more is to be expected only after a tool's result."""
+        at = run.ledger.heard_at(self._now, self._timing.report)
+        return run.waits and at is not None and self._reached(at)
+
+    def _end_audio(self, turn: _Turn) -> bool:
+        run = turn.run
+        if run.over and run.ledger.complete:
+            at = run.ledger.heard_at(self._now, self._timing.report)
+            if at is None or not self._reached(at):
+                return False
+            self._finish(turn)
+            return True
+        if run.audible and self.state is State.SPEAKING and self._waiting(run):
+            self._go(State.PROCESSING)
+            return True
+        return False
+
+    # -- Barge-in --
+
+    def _begin_capture(self) -> None:
+        turn = self._turn
+        if turn is None or self._settings.interrupt.mode != "auto":
+            return
+        recent = self._voice and self._now - self._voice_at < self._timing.yielding
+        since = self._voice_at if recent else self._now
+        self._capture = _Capture(self._now, since + self._capture_seconds)
+        self._do(InterruptDetecting())
+        if turn.run.audible:
+            turn.run.ledger.pause(self._now)
+            self._do(PauseAudio(turn.run.id, turn.run.ledger.position(self._now)))
+        self._go(State.INTERRUPT_CAPTURING)
+
+    def _decide(self, turn: _Turn, capture: _Capture) -> bool:
+        """Whether what is said over the answer is meant to end it. The audio waits, and nothing of it is lost."""
+        text = self._words.fresh
+        spoken = turn.run.ledger.near(self._now, 3.0) if turn.run.audible else ""
+        echo = is_echo(text, spoken)
+        if text and (self._commit_by is not None or self._is_stop(text, echo)):
+            self._interrupt(turn)
+            return True
+        if not self._reached(capture.until):
+            return False
+        last = self._reached(capture.began + self._timing.paused)
+        if not text:
+            if self._voice:
+                self._finalize()
+            coming = self._finalizing and not self._reached((self._finalized or 0.0) + self._timing.final)
+            return (last or not (self._voice or coming)) and self._dismiss(turn, text, "no_speech")
+        self._tell_captured(capture, text)
+        reason = "echo" if echo else "backchannel" if is_backchannel(text, self._language) else None
+        if reason is not None:
+            over = self._reached(capture.began + self._timing.yielding)
+            return (over or not self._voice) and self._dismiss(turn, text, reason)
+        if not self._settings.interrupt.semantic_check:
+            self._interrupt(turn)
+            return True
+        return self._ask_whether_meant(turn, capture, text, spoken, last)
+
+    def _is_stop(self, text: str, echo: bool) -> bool:
+        """Our own "stop the car" is no stop word; "stop" is, whoever else says it."""
+        return is_stop(text, self._language) and not (echo and len(words(text)) > 2)
+
+    def _ask_whether_meant(self, turn: _Turn, capture: _Capture, text: str, spoken: str, last: bool) -> bool:
+        key, question = words(text), capture.question
+        if question is None or (question.answer is False and question.key != key):
+            question = capture.question = _Question(self._next(), key, self._now + self._timing.check)
+            self._do(CheckInterrupt(question.id, text, spoken))
+        if question.answer is not None:
+            if not question.answer:
+                return self._dismiss(turn, text, "not_meant")
+            self._interrupt(turn)
+            return True
+        if not last and not question.answered and not self._reached(question.due):
+            return False
+        # No answer. Words that keep coming want the floor, silence gives it back.
+        given_up = self._reached(question.due + self._timing.yielding) or last
+        if len(key) > len(question.key) or (given_up and self._voice):
+            self._interrupt(turn)
+            return True
+        if not self._voice and (given_up or not self._finalizing):
+            return self._dismiss(turn, text, "unclear")
+        return False
+
+    def _tell_captured(self, capture: _Capture, text: str) -> None:
+        if text and not capture.told:
+            capture.told = True
+            self._do(InterruptCaptured(text))
+
+    def _dismiss(self, turn: _Turn, text: str, reason: str) -> bool:
+        """It was nothing: the answer goes on where it stopped."""
+        self._do(InterruptDismissed(text, reason))
+        if reason == "unclear":
+            self._add_part(self._words.take())  # perhaps it was meant after all: to be answered when this is over
+        else:
+            self._words.dismiss()
+        self._heeded, self._capture = True, None
+        run = turn.run
+        run.alive = self._now
+        if not run.audible:
+            self._go(State.PROCESSING)
+            return True
+        run.ledger.resume(self._now)
+        self._do(ResumeAudio(run.id, run.ledger.position(self._now)))
+        self._go(State.SPEAKING)
+        return True
+
+    # -- Turns --
+
+    def _commit(self, forced: bool = False) -> bool:
+        """The user's turn is over: the model's run begins, if it has not begun already."""
+        self._add_part(self._words.take())
+        parts, prior, held = self._parts, self._prior, self._held
+        number = self._next()
+        turn_id = f"turn_{number}"
+        if held is not None and held.key != self._key():
+            self._drop_held()
+            held = None
+        run = held or _Run(f"resp_{number}", None, self._now)
+        run.alive = self._now
+        silent_at = None if self._voice or self._began is None else self._silent_at
+        metrics = TurnMetrics(turn_id, silent_at, self._final_at, self._now)
+        turn = self._turn = _Turn(turn_id, parts, prior, run, metrics)
+        grace = self._settings.grace_period
+        self._do(Committed(turn_id, _transcript(parts), forced))
+        if held is not None:
+            self._do(ReleaseRun(run.id))
+        else:
+            self._do(StartRun(run.id, self._asked(parts, prior, run)))
+        self._clear_pending()
+        if grace.enabled and grace.duration_ms:
+            turn.grace = self._now + grace.duration_ms / 1000
+            self._do(GraceStarted(_transcript(parts), grace.duration_ms / 1000))
+            self._go(State.GRACE)
+        else:
+            self._go(State.PROCESSING)
+        return True
+
+    def _clear_pending(self) -> None:
+        """Nothing is said yet of the next turn."""
+        self._parts, self._prior, self._commit_by, self._forced = [], [], None, False
+        self._question = self._held = self._began = self._final_at = None
+        self._turn_ended, self._speculations = False, 0
+
+    def _commit_soon(self, *, forced: bool, patience: float) -> None:
+        """Whatever it says, as soon as the last words of it are there."""
+        if self._commit_by is None and (self._pending() or not forced):
+            self._commit_by, self._forced = self._now + patience, forced
+
+    def _type(self, blocks: list[JSON]) -> None:
+        """Typed text ends the turn that is being spoken, and the answer that is being given."""
+        turn = self._turn
+        if turn is not None:
+            if turn.grace is not None and not turn.run.audible:
+                self._take_back(turn, _transcript(blocks))
+            else:
+                self._interrupt(turn)
+        self._add_part(self._words.take())
+        self._parts += blocks
+        self._commit()
+
+    def _speculate(self) -> None:
+        """The model begins with what has been said so far; its output is held."""
+        if self._held is not None or not self._pending() or self._speculations >= self._timing.speculations:
+            return
+        self._speculations += 1
+        spoken = self._words.fresh
+        parts = [*self._parts, *([spoken] if spoken else [])]
+        self._held = run = _Run(f"resp_{self._next()}", self._key(), self._now)
+        self._do(StartRun(run.id, self._asked(_joined(parts), self._prior, run), held=True))
+
+    def _drop_held(self) -> None:
+        if self._held is not None:
+            self._do(CancelRun(self._held.id))
+            self._held, self._cancelled = None, self._cancelled + 1
+
+    def _end_step(self, turn: _Turn, event: StepEnded) -> None:
+        run = turn.run
+        uses = [block for block in event.content if block.get("type") == "tool_use"]
+        calls = [Call(str(use["id"]), str(use["name"]), use.get("input") or {}) for use in uses]
+        run.steps.append(Step(event.content, len(run.ledger.said), calls))
+        if not calls:
+            run.over = event.stop_reason != "pause_turn"
+            if not run.over:
+                self._go_on(turn)
+            return
+        if len(run.steps) > self._timing.tool_rounds:  # it was asked without tools
+            for call in calls:
+                call.result = unanswered(call.id, "no more tools are called in this turn")
+            run.over = True
+            return
+        ran = dict(_ran(turn.prior))
+        for call in calls:
+            if call.key in ran:
+                call.result = {**ran[call.key], "tool_use_id": call.id}
+        self._go_on(turn)
+
+    def _take_result(self, event: ToolReturned) -> None:
+        turn = self._turn
+        calls = turn.run.calls if turn is not None else []
+        call = next((call for call in calls if call.id == event.tool_use_id and call.called and not call.result), None)
+        if turn is None or call is None:
+            self._refuse("no tool call waits for this result", "unknown_tool_call", "tool_use_id")
+            return
+        call.ran = True
+        call.result = {"type": "tool_result", "tool_use_id": call.id, "content": event.content}
+        if event.is_error:
+            call.result["is_error"] = True
+        turn.run.alive = self._now
+        self._go_on(turn)
+
+    # -- The ends of a turn --
+
+    def _finish(self, turn: _Turn) -> None:
+        """All of the answer has been heard."""
+        self._settle(turn, None)
+        self._end_grace(turn)
+        self._do(AudioDone(turn.run.id, turn.run.ledger.made))
+        self._close(turn)
+        self._forget_murmur(turn)
+
+    def _interrupt(self, turn: _Turn) -> None:
+        """The user takes the floor."""
+        run, text = turn.run, self._pending()
+        if self._capture is not None:
+            self._tell_captured(self._capture, text)
+        self._stop(turn)
+        self._do(
+            Interrupted(turn.id, run.id, run.ledger.heard(self._now).strip(), text, run.ledger.position(self._now))
+        )
+        self._close(turn)
+
+    def _fail(self, turn: _Turn, error: Error) -> None:
+        """The answer breaks off."""
+        self._stop(turn)
+        self._do(TurnFailed(turn.id, turn.run.id, error))
+        self._close(turn)
+        self._forget_murmur(turn)
+
+    def _stop(self, turn: _Turn) -> None:
+        run = turn.run
+        if run.audible:
+            self._do(FlushAudio(run.id, run.ledger.position(self._now)))
+        self._do(CancelRun(run.id))
+        self._settle(turn, len(run.ledger.heard(self._now)))
+        self._end_grace(turn)
+
+    def _settle(self, turn: _Turn, heard: int | None) -> None:
+        """The turn becomes history: what was said, and what was heard."""
+        run, save = turn.run, self._settings.interrupt.save_partial
+        append_message(self._history, "user", _content(turn.parts))
+        for role, content in [*turn.prior, *answer_messages(run.steps, run.ledger.said, heard, save)]:
+            append_message(self._history, role, content)
+
+    def _close(self, turn: _Turn) -> None:
+        turn.metrics.first_token = turn.run.first_token
+        turn.metrics.cancelled_runs, self._cancelled = self._cancelled, 0
+        self._do(turn.metrics)
+        self._tail, self._tail_at = turn.run.ledger.near(self._now, 6.0), self._now
+        self._release_floor()
+
+    def _release_floor(self) -> None:
+        self._turn = self._capture = None
+        if not self._voice and (self._silent_at is None or self._now - self._silent_at > self._max_silence):
+            self._silent_at = self._now - self._silence
+        self._go(State.LISTENING)
+
+    def _end_grace(self, turn: _Turn) -> None:
+        if turn.grace is not None:
+            turn.grace = None
+            self._do(GraceExpired())
+
+    def _forget_murmur(self, turn: _Turn) -> None:
+        """What was said along with the answer and is no turn of its own."""
+        text = self._words.text
+        if text and (is_backchannel(text, self._language) or is_echo(text, turn.run.ledger.said)):
+            self._words.dismiss()
+
+    # -- Small things --
+
+    def _pending(self) -> str:
+        """The words of the turn that is being spoken."""
+        return _transcript([*(part for part in self._parts if isinstance(part, str)), self._words.fresh])
+
+    def _key(self) -> object:
+        """What is about to be committed; a full stop more or less makes no difference."""
+        return words(self._pending()), [part for part in self._parts if not isinstance(part, str)]
+
+    def _add_part(self, text: str) -> None:
+        if text:
+            self._parts = _joined([*self._parts, text])
+
+    def _asked(self, parts: list[str | JSON], prior: list[_Message], run: _Run) -> list[JSON]:
+        """What the model is asked."""
+        messages = list(self._history)
+        append_message(messages, "user", _content(parts))
+        for role, content in [*prior, *answer_messages(run.steps, run.ledger.said, None, "full")]:
+            append_message(messages, role, content)
+        return messages
+
+    def _go(self, state: State) -> None:
+        if state is not self.state:
+            self.state = state
+            self._do(StateChanged(state))
+
+    def _do(self, action: Action) -> None:
+        self._out.append(action)
+
+    def _refuse(self, message: str, code: str, param: str | None = None) -> None:
+        self._do(Refused(InvalidRequestError(message, code=code, param=param)))
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+
+def _joined(parts: Iterable[str | JSON]) -> list[str | JSON]:
+    """Spoken text that follows spoken text is one text."""
+    joined: list[str | JSON] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] = joined[-1] + voice._gap(joined[-1], part) + part
+        else:
+            joined.append(part)
+    return joined
+
+
+def _transcript(parts: Iterable[str | JSON]) -> str:
+    """The words of a turn."""
+    texts = (part if isinstance(part, str) else part["text"] if part.get("type") == "text" else "" for part in parts)
+    return "".join(map(str, _joined(text for text in texts if text)))
+
+
+def _content(parts: list[str | JSON]) -> str | list[JSON]:
+    """A turn as a message's content."""
+    if len(parts) == 1 and isinstance(parts[0], str):
+        return parts[0]
+    return [text_block(part) if isinstance(part, str) else part for part in parts]
+
+
+def _ran(prior: Iterable[tuple[str, list[JSON]]]) -> Iterator[tuple[tuple[str, str], JSON]]:
+    """The calls that were kept when a turn was extended, with their results."""
+    blocks = [block for _, content in prior for block in content]
+    results = {block["tool_use_id"]: block for block in blocks if block.get("type") == "tool_result"}
+    for block in blocks:
+        if block.get("type") == "tool_use":
+            yield Call(block["id"], block["name"], block.get("input") or {}).key, results[block["id"]]
+
+
+# == Session ===========================================================================================================
+
+
+# == Command line ======================================================================================================
