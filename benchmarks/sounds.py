@@ -1,7 +1,7 @@
 """Labelled sound to try detectors on: speech by espeak-ng with the moments at which it starts and ends, and noise.
 
-Everything is made here, is the same at every run, and is PCM as live.py's detectors take it: 16 kHz, 16-bit, mono. Needs
-`espeakng-loader`, which brings espeak-ng along as a library, and voice.py; numpy is not needed.
+Everything is made here, is the same at every run, and is PCM as live.py's detectors take it: 16 kHz, 16-bit, mono.
+Needs `espeakng-loader`, which brings espeak-ng along as a library, and voice.py; numpy is not needed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def loudness(dbfs: float) -> float:
 
 
 def scaled(samples: Sequence[float], factor: float) -> Samples:
-    return array.array("h", (max(-32768, min(32767, round(value * factor))) for value in samples))
+    try:
+        return array.array("h", [round(value * factor) for value in samples])
+    except OverflowError:
+        return array.array("h", (max(-32768, min(32767, round(value * factor))) for value in samples))
 
 
 def at_level(samples: Sequence[float], dbfs: float) -> Samples:
@@ -96,9 +99,11 @@ def at_level(samples: Sequence[float], dbfs: float) -> Samples:
 
 def mixed(first: Samples, second: Samples) -> Samples:
     """Both at once, as long as the first; the second is repeated as often as need be."""
-    return array.array(
-        "h", (max(-32768, min(32767, value)) for value in map(operator.add, first, itertools.cycle(second)))
-    )
+    try:
+        return array.array("h", map(operator.add, first, itertools.cycle(second)))
+    except OverflowError:
+        sums = map(operator.add, first, itertools.cycle(second))
+        return array.array("h", (max(-32768, min(32767, value)) for value in sums))
 
 
 # == Speech ============================================================================================================
@@ -239,7 +244,7 @@ def alone(kind: str, dbfs: float, seconds: float) -> Clip:
 
 
 def echo(played: Samples, db: float, delay: float, seed: int = 0) -> Samples:
-    """What a microphone hears of this: through a small loudspeaker (300 Hz to 3.4 kHz), late, and with a short reverb."""
+    """What a microphone hears of this: through a small loudspeaker (300 Hz to 3.4 kHz), late, with a short reverb."""
     rng = random.Random(seed)
     thin = _lowpass(played, 3400)
     thin = [value - low for value, low in zip(thin, _lowpass(thin, 300), strict=True)]
@@ -257,4 +262,3 @@ def echo(played: Samples, db: float, delay: float, seed: int = 0) -> Samples:
 
 def available() -> bool:
     return espeakng_loader is not None
-
