@@ -282,9 +282,7 @@ class Sensitivity:
     wary: float = 0.9  # the threshold after `patience` of speech that had no words: other people, a television
     patience: float = 8.0
     stop: float = 0.3  # of no speech: shorter pauses are part of it
-    floor_ceiling: float = (
-        0.02  # the room counts as no louder than that, unless it is so loud for longer than `patience`
-    )
+    floor_ceiling: float = 0.02  # the room counts as no louder than that, until it has been for `patience`
     start_ratio: float = 1.7  # by energy alone: how far above the floor speech starts …
     stay_ratio: float = 1.6  # … and goes on
 
@@ -348,12 +346,13 @@ class Echo:
 
     The caller says what is played and when; `needed` is how loud a frame must be to be more than that. How much comes
     back is learned, from frames in which nobody was heard to speak: the level at the microphone beside the loudest that
-    could be echoing in it.
+    could be echoing in it. It counts as no louder than `ceiling`.
     """
 
-    def __init__(self, sample_rate: int) -> None:
-        self.sample_rate = sample_rate
+    def __init__(self, sample_rate: int, ceiling: float = 0.05) -> None:
+        self.sample_rate, self.ceiling = sample_rate, ceiling
         self.gain = _ECHO_ASSUMED
+        self._now = 0  # the frame that was last heard
         self._levels: dict[int, float] = {}  # of what is played, by the frame of the microphone's audio
         self._recent: collections.deque[float] = collections.deque()
         self._known: collections.deque[float] = collections.deque(maxlen=_ECHO_MEMORY)
@@ -365,6 +364,8 @@ class Echo:
         step = self.sample_rate * FRAME // RATE * 2
         for start in range(0, len(pcm), step):
             frame = int(at / FRAME) + start // step
+            if frame <= self._now - _REACH:
+                continue
             self._levels[frame] = max(voice.rms(pcm[start : start + step]), self._levels.get(frame, 0.0))
 
     def stopped(self, at: float) -> None:
@@ -374,11 +375,11 @@ class Echo:
 
     def needed(self, frame: int) -> float:
         """How loud this frame must be for somebody to be speaking in it; 0 when nothing was played."""
-        return self._source(frame) * self.gain * _ECHO_MARGIN
+        return min(self._source(frame) * self.gain, self.ceiling) * _ECHO_MARGIN
 
     def learn(self, frame: int, level: float, speaking: bool) -> None:
         """A frame at this level; `speaking`: somebody was taken to speak in it."""
-        source = self._source(frame)
+        source, self._now = self._source(frame), frame
         self._levels.pop(frame - _REACH, None)
         if source <= _LEAST_FLOOR:
             return
@@ -545,6 +546,7 @@ class Detector:
         self._fresh = True
 
     def feed(self, pcm: bytes) -> list[SpeechEvent]:
+        """PCM of any length, half a sample included; scored here and now."""
         steps, scores = self.steps(pcm), None
         while True:
             try:
@@ -846,7 +848,10 @@ class Detectors:
 
 
 class SessionDetector:
-    """One session's detector: `feed` one piece of audio after the other, `close` at the end."""
+    """One session's detector: `feed` one piece of audio after the other, `close` at the end.
+
+    Hooks are those of `detector`: `words`, `reset`, and those of its `echo`.
+    """
 
     def __init__(self, detectors: Detectors, detector: Detector, number: int) -> None:
         self.detector = detector

@@ -18,6 +18,7 @@ Nothing here passes or fails. Needs espeakng-loader.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -136,6 +137,7 @@ class Trial:
     played: bytes
 
 
+@functools.cache
 def trial(db: float | None, number: int, seconds: float = 8.0) -> Trial:
     """Even numbers are interrupted after four to five seconds. `db`: how loud the echo is; None: there is none."""
     voice = sounds.VOICES[(number + 3) % len(sounds.VOICES)]

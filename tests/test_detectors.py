@@ -375,7 +375,7 @@ def test_silero_hears_every_utterance_in_time() -> None:
 @needs_espeak
 @needs_silero
 def test_silero_hears_nobody_where_nobody_speaks() -> None:
-    noises = [sounds.alone(kind, NORMAL - 10, 12) for kind in ("white", "fan", "keyboard", "music")]
+    noises = [sounds.alone(kind, NORMAL - 10, 8) for kind in ("white", "fan", "keyboard", "music")]
     assert measured(PySilero, noises).false == 0
 
 
@@ -416,14 +416,15 @@ async def test_a_process_hears_what_is_heard_here() -> None:
     """Several sessions at once, each with a state of its own, get the very scores that they would get here."""
     pieces = [talk((0.5, 1.2), seconds=2, dbfs=level).pcm for level in (-20, -26, -32)]
     async with Detectors("pysilero") as detectors:
-        opened = [detectors.open() for _ in pieces]
-        heard = await asyncio.gather(*map(feed_all, opened, pieces))
-        for session in opened:
-            session.close()
-        again = await feed_all(detectors.open(), pieces[0])
-    if not detectors.late:
-        assert list(heard) == [hear(Detector(PySilero()), pcm) for pcm in pieces]
-        assert again == heard[0]
+        for _ in range(5):  # in time, that is: energy may have helped on a busy machine
+            detectors.late = 0
+            opened = [detectors.open() for _ in pieces]
+            heard = await asyncio.gather(*map(feed_all, opened, pieces))
+            for session in opened:
+                session.close()
+            if not detectors.late:
+                break
+    assert heard == [hear(Detector(PySilero()), pcm) for pcm in pieces]
 
 
 @needs_silero
