@@ -338,7 +338,7 @@ _ECHO_MEMORY = 190  # frames
 _ECHO_LESSON = 31  # frames: less than that is no lesson
 _ECHO_ASSUMED = 0.2  # -14 dB, until the first lesson is learned
 _ECHO_MARGIN = 1.8  # 5 dB: who speaks over the echo is louder by that
-_HALF_DUPLEX = 0.178  # -15 dB
+_HALF_DUPLEX = 0.158  # -16 dB: -15, of which a little less is learned
 
 
 class Echo:
