@@ -384,10 +384,9 @@ def test_silero_hears_every_utterance_in_time() -> None:
         ("white", 5, NORMAL),
         ("keyboard", 10, QUIET),
         ("music", 10, NORMAL),
-        ("fan", 10, QUIET),
     )
     score = measured(PySilero, scenes(3, *conditions))
-    assert (score.utterances, score.missed, score.together, score.false) == (15, 0, 0, 0)
+    assert (score.utterances, score.missed, score.together, score.false) == (12, 0, 0, 0)
     assert measure.p(score.onsets, 0.95) <= 150
     assert measure.p(score.offsets, 0.95) <= 200
     assert min(score.offsets) > -STOP, "an end must not come before it"
@@ -396,7 +395,7 @@ def test_silero_hears_every_utterance_in_time() -> None:
 @needs_espeak
 @needs_silero
 def test_silero_hears_nobody_where_nobody_speaks() -> None:
-    noises = [sounds.alone(kind, NORMAL - 10, 8) for kind in ("white", "fan", "keyboard", "music")]
+    noises = [sounds.alone(kind, NORMAL - 10, 6) for kind in ("white", "fan", "keyboard", "music")]
     assert measured(PySilero, noises).false == 0
 
 
@@ -418,7 +417,7 @@ def test_real_interruptions_are_told_from_real_echo(
 ) -> None:
     """Of our own voice nothing is heard; of somebody who speaks over it, within 250 ms."""
     for number in numbers:
-        trial = measure.trial(db, number)
+        trial = measure.trial(db, number, 6.5)
         wrong, start = measure.interrupted(trial, measure.listen(make(), trial))
         assert not wrong
         assert (start is not None) == bool(trial.clip.speech)
