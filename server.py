@@ -1424,16 +1424,21 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     if len(parts) > 33:
         raise InvalidRequestError("the form has over 32 fields", code="malformed_form")
     if not parts or not parts[-1].startswith(b"--"):
+FIELD_NAME = re.compile(  # other parameters are stepped over as a whole: a file may be called `x; name=y`
+    rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*"
+    rb'(?:;[ \t]*(?!name=)[^\s;="]+=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|[^\s;"]*)[ \t]*)*'
+    rb';[ \t]*name=(?:"([^"\r\n]{1,64})"|([^\s;"]{1,64}))'
+)
+
+
         raise InvalidRequestError("the form is cut short, or not one", code="malformed_form")
     body: JSON = {}
     for part in parts[:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
-        named = re.search(
-            rb'(?i)\r\ncontent-disposition:[ \t]*form-data;(?:[^\r\n]*;)?[ \t]*name="?([^"\r\n;]{1,64})', head
-        )
+        named = FIELD_NAME.search(head)
         if not named:
             raise InvalidRequestError("a field of the form has no name", code="malformed_form")
-        name = named[1].decode("utf-8", "replace")
+        name = (named[1] or named[2]).decode("utf-8", "replace")
         if name in body:
             raise InvalidRequestError(f"{header_safe(name)}: is in the form twice", param=header_safe(name))
         body[name] = data if name == "file" else _form_value(name, data)
@@ -1449,7 +1454,7 @@ def _form_value(name: str, data: bytes) -> Any:
         text = data.decode()
     except UnicodeDecodeError:
         raise InvalidRequestError(f"{header_safe(name)}: is not text", param=header_safe(name)) from None
-    if name == "sample_rate" and re.fullmatch(r"[0-9]{1,9}", text):
+    if name == "sample_rate" and re.fullmatch(r"-?[0-9]{1,9}", text):
         return int(text)
     return {"true": True, "false": False}.get(text, text) if name == "timestamps" else text
 
@@ -1805,7 +1810,12 @@ class Gateway:
         caller = await self.admit(request)
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body, forms=True)
-        asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
+        try:
+            asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
+        except Error as fault:
+            if fault.param == "audio" and request.content_type == "multipart/form-data":  # there it is called `file`
+                fault.param, fault.message = "file", fault.message.replace("audio", "file", 1)
+            raise
         del body
         model = voice.model_of(asked)
         exchange.provider, _, exchange.model = model.partition("/")

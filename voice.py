@@ -453,24 +453,25 @@ def read_recording(
 ) -> Recording:
     """Audio that came in, checked. `format` is needed for bare samples only: `pcm` or the name of an encoding.
 
-    What a file is, its bytes say, not its name. A WAV file that is not the plainest kind (another encoding, channels,
-    other chunks, a length left open) is made one. Raises `InvalidRequestError` that names `audio`,
-    `format` or `sample_rate`.
+    What a file is, its bytes say, not its name; a WAV file is never taken for bare samples. One that is not the
+    plainest kind (another encoding, channels, other chunks, a length left open) is made one. Raises
+    `InvalidRequestError` that names `audio`, `format` or `sample_rate`.
     """
     fields = place.rpartition(".")[0]
     if not data:
         raise _bad_audio("is empty", place)
     low = (format or "").lower().removeprefix("audio/")
     encoding = "pcm_s16le" if low in ("pcm", "raw", "l16") else low
-    if encoding in _ENCODINGS:
-        if sample_rate is None or not 4000 <= sample_rate <= 192_000:
-            param = f"{fields}.sample_rate".lstrip(".")
-            said = "is required for bare samples" if sample_rate is None else "must be between 4000 and 192000"
-            raise InvalidRequestError(f"{param}: {said}", param=param)
+    known = sniff(data)
+    bare = encoding in _ENCODINGS and known != "wav"
+    if (bare and sample_rate is None) or (sample_rate is not None and not 4000 <= sample_rate <= 192_000):
+        param = f"{fields}.sample_rate".lstrip(".")
+        said = "is required for bare samples" if sample_rate is None else "must be between 4000 and 192000"
+        raise InvalidRequestError(f"{param}: {said}", param=param)
+    if bare:
         if len(data) % _ENCODINGS[encoding]:
             raise _bad_audio(f"{len(data)} bytes are not whole samples of {encoding}", place)
         return Recording(data, "pcm", encoding, sample_rate)
-    known = sniff(data)
     if low and known is None and low not in (*CONTENT_TYPES, *_OTHER_NAMES):
         param = f"{fields}.format".lstrip(".")
         choices = ", ".join((*CONTENT_TYPES, *_ENCODINGS))
@@ -3029,6 +3030,10 @@ def _last_turn(request: MessageRequest, said: Mapping[int, str]) -> str | None:
         place = f"messages[{i}].content[0]"
         raise InvalidRequestError(f"{place}: nothing was said in this recording", param=place, code="no_speech")
     return " ".join(filter(None, spoken)) if spoken else None
+    channels = re.search(r"\bchannels=(\d+)", rest)
+    if bare and channels and int(channels[1]) != 1:
+        param = f"{place}.source.media_type"
+        raise InvalidRequestError(f"{param}: bare samples have one channel; a WAV file may have more", param=param)
 
 
 def _put_in_place(request: MessageRequest, said: Mapping[int, str]) -> None:

@@ -37,7 +37,7 @@ from providers import (
 from sandbox import Request, Sandbox
 from sandbox import speech as master
 from vai import AsyncClient
-from voice import Transcription, VoiceOutput, read_wav, rms, silence, wav, wav_header
+from voice import Transcription, VoiceOutput, duration, read_wav, rms, silence, wav, wav_header
 
 SAID = "Hello there. **How** are you today? I am fine, `thank you`."
 SPOKEN = "Hello there. How are you today? I am fine, thank you."
@@ -518,6 +518,7 @@ async def test_a_conversation_by_voice(connect: Connect) -> None:
     """Spoken and heard, from one provider to the next, and kept as JSON."""
     client = await connect("proxy")
     chat = client.conversation(model=model("anthropic"), voice={**HEAR, **SPEAK})
+        ([vai.audio(b"AB", "audio/pcm;rate=8000;channels=2")], HEAR, "messages[0].content[0].source.media_type", None),
     assert sound_of(await chat.say([vai.audio(QUESTION)]))
     other = client.load_conversation(json.dumps(chat.dump()))
     other.model = model("gemini")
@@ -780,6 +781,7 @@ async def test_the_three_kinds(gateway: Served) -> None:
         ("text/html, audio/wav;q=0.5", "pcm", "audio/pcm;rate=24000"),
         ("*/*", "wav", "application/json"),
         ("application/json, audio/*", "wav", "application/json"),
+    "odd rate of a file": (QUESTION, {"sample_rate": -1}, "sample_rate", None),
     ],
 )
 async def test_bare_bytes(accept: str, format: str, kind: str, gateway: Served, sandbox: Sandbox) -> None:
@@ -824,7 +826,7 @@ async def test_forms(gateway: Served) -> None:
         (form(("file", QUESTION), ("language", b"\xff")), "language"),
         (form(("file", QUESTION), ("prompt", b"x")), "prompt"),
         (form(("file", QUESTION), ("text", b"x")), "text"),
-        (form(("file", b"")), "audio"),
+        (form(("file", b"")), "file"),
         (form(("file", QUESTION))[:-20], None),
         (form(("file", QUESTION), boundary="abc"), None),
         (b"--xyz\r\n\r\nx\r\n--xyz--", None),
@@ -891,6 +893,25 @@ async def test_bad_bodies(body: JSON, param: str, code: str | None, gateway: Ser
     assert sandbox.seen == 0
 
 
+    misnamed = form(("file", QUESTION), ("format", b"pcm"), ("sample_rate", b"8000"))  # its bytes say what it is
+    seconds = (await post_form(gateway, misnamed)).body["duration_seconds"]
+    assert seconds == pytest.approx(duration(QUESTION[44:], 24_000), abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        'name="file"; filename="../../x; name=model"',
+        'filename="a; name=\\"text\\"; .wav"; name="file"',
+        "Name=file; filename=a.wav; filename*=UTF-8''n%61me%3Dx",
+        'filename=""; name="file"',
+        'x="; name=text" ; name="file"',
+    ],
+)
+async def test_what_a_file_is_called_is_not_read(disposition: str, gateway: Served) -> None:
+    """Nothing inside another parameter is the name of a field."""
+    raw = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n--xyz--\r\n" % (disposition.encode(), QUESTION)
+    assert (await post_form(gateway, raw)).body["text"] == "What is two plus two?"
 async def test_the_document_tells_of_it(gateway: Served) -> None:
     """Requests and answers have the shapes that `/openapi.json` gives them."""
     document = (await gateway.get("/openapi.json", key=None)).body
@@ -900,6 +921,8 @@ async def test_the_document_tells_of_it(gateway: Served) -> None:
 
     def check(schema: JSON, value: Any) -> None:
         Draft202012Validator(schema | {"components": document["components"]}).validate(value)
+        (form(("file", QUESTION), ("sample_rate", b"-1")), "sample_rate"),
+        (form(("file", b"Words."), filename="a.wav"), "file"),
 
     for body in ({"audio": b64(QUESTION), "language": "en"}, {"text": "Hello.", "voice": "v", "speed": 1.1}):
         check(asked, body)
@@ -983,7 +1006,8 @@ async def test_models_that_a_key_may_use(serve: Serve) -> None:
 async def test_an_error_in_mid_speech(gateway: Served) -> None:
     """Ends the events as an `error`; what came before it was told."""
     answer = await post(gateway, {"text": "Hello there, all of you. [break_off] Gone.", "stream": True})
-    assert answer.events[-1]["type"] in ("error", "done")
+    assert answer.events[0]["type"] == "audio_chunk"
+    assert (answer.events[-1]["type"], answer.events[-1]["error"]["type"]) == ("error", "provider_error")
     cut = await post(gateway, {"text": "Hello there. [error 500]", "stream": True})
     assert cut.status == 502
 
