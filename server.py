@@ -927,6 +927,8 @@ class TextFormatter(JSONFormatter):
             what.append(f"after {', '.join(line['fallbacks'])}")
         if "output_tokens" in line:
             what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
+        told = {"audio_in": "heard", "audio_out": "spoken"}
+        what += [f"{line[name]:.1f} s {done}" for name, done in told.items() if name in line]
         what += [line.get("code") or line["error"]] if line.get("error") else []
         what += [line["caller"]] if line.get("caller") else []
         return "  ".join([self._status(line["status"]), _took(line["duration_ms"]), *what, line.get("request_id", "")])
@@ -1040,6 +1042,7 @@ class Exchange:
     status: int = 499  # what the log says of a caller that went away
     first_token: float | None = None  # seconds from the beginning
     attempts: Sequence[providers.Attempt] = ()
+    speech: Mapping[tuple[str, str], float] = field(default_factory=dict)  # `providers.AudioSeconds`
     lines: ClassVar[LogWriter | None] = None  # of a process in which nobody else takes log records
 
     def log(self, request: web.BaseRequest) -> None:
@@ -1071,6 +1074,8 @@ class Exchange:
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
             out |= {name: self.usage.get(name, 0) for name in ("input_tokens", "output_tokens")}
+        for (_, direction), seconds in self.speech.items():
+            out[f"audio_{direction}"] = round(seconds, 2)
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
         if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
@@ -1189,6 +1194,7 @@ class PrometheusMetrics(Metrics):
             "time_to_first_token_seconds", "From a streaming request to its first delta.", FIRST_TOKENS, "provider"
         )
         self._tokens = counter("tokens", "Tokens, as providers bill them.", "provider", "direction")
+        self._speech = counter("speech_seconds", "Seconds of audio that was heard or spoken.", "provider", "direction")
         self._errors = counter("errors", "Errors told to callers.", "provider", "type")
         self._retries = counter("upstream_retries", "Requests repeated at one provider.", "provider", "reason")
         self._fallbacks = counter(
@@ -1226,6 +1232,8 @@ class PrometheusMetrics(Metrics):
             for direction, name in DIRECTIONS.items():
                 if (tokens := usage.get(name, 0)) > 0:  # a counter takes no less, whatever a provider says
                     self._tokens[provider, direction].inc(tokens)
+        for (service, direction), seconds in exchange.speech.items():
+            self._speech[service, direction].inc(seconds)
         if exchange.error:
             self._errors[provider, exchange.error.type].inc()
         for number, attempt in enumerate(exchange.attempts):
@@ -1416,6 +1424,13 @@ def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
     return body
 
 
+FIELD_NAME = re.compile(  # other parameters are stepped over as a whole: a file may be called `x; name=y`
+    rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*"
+    rb'(?:;[ \t]*(?!name=)[^\s;="]+=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|[^\s;"]*)[ \t]*)*'
+    rb';[ \t]*name=(?:"([^"\r\n]{1,64})"|([^\s;"]{1,64}))'
+)
+
+
 def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     """A form as the object that would have said the same: its `file` is `audio`, in bytes (RFC 7578)."""
     found = re.search(r'(?i)[;\s]boundary=(?:"([^"\r\n]{1,70})"|([^\s;"]{1,70}))', content_type)
@@ -1424,13 +1439,6 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     if len(parts) > 33:
         raise InvalidRequestError("the form has over 32 fields", code="malformed_form")
     if not parts or not parts[-1].startswith(b"--"):
-FIELD_NAME = re.compile(  # other parameters are stepped over as a whole: a file may be called `x; name=y`
-    rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*"
-    rb'(?:;[ \t]*(?!name=)[^\s;="]+=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|[^\s;"]*)[ \t]*)*'
-    rb';[ \t]*name=(?:"([^"\r\n]{1,64})"|([^\s;"]{1,64}))'
-)
-
-
         raise InvalidRequestError("the form is cut short, or not one", code="malformed_form")
     body: JSON = {}
     for part in parts[:-1]:
@@ -1734,6 +1742,8 @@ class Gateway:
         headers = {n: ",".join(request.headers.getall(n)) for n in vai.FORWARDED_HEADERS if n in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
+        if asked.voice:
+            exchange.speech = asked.speech
         if caller.models is not None:
             for route in (asked, *asked.fallbacks):
                 caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
@@ -1829,6 +1839,8 @@ class Gateway:
         else:
             answer = await self.engine.synthesize(asked, keys)
             size = len(answer.audio)
+        direction = "out" if isinstance(answer, voice.Speech) else "in"
+        exchange.speech = {(asked.provider, direction): answer.duration_seconds}
         headers = {"X-Model": header_safe(model), "X-Duration-Ms": str(exchange.milliseconds)}
         if isinstance(answer, voice.Speech) and wants_audio(request):
             return web.Response(body=answer.audio, headers={**headers, "Content-Type": answer.content_type})
@@ -1854,6 +1866,7 @@ class Gateway:
             await out.end()
             exchange.status, exchange.sent = 200, out.sent
         finally:
+            exchange.speech = {(asked.provider, "out"): stream.duration}
             stream.close()
 
     @staticmethod
