@@ -1424,6 +1424,7 @@ def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
     return body
 
 
+MAX_FIELD_HEAD = 4096  # bytes before what a field of a form holds
 FIELD_NAME = re.compile(  # other parameters are stepped over as a whole: a file may be called `x; name=y`
     rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*"
     rb'(?:;[ \t]*(?!name=)[^\s;="]+=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|[^\s;"]*)[ \t]*)*'
@@ -1443,7 +1444,7 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     body: JSON = {}
     for part in parts[:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
-        named = FIELD_NAME.search(head)
+        named = FIELD_NAME.search(head[:MAX_FIELD_HEAD])
         if not named:
             raise InvalidRequestError("a field of the form has no name", code="malformed_form")
         name = (named[1] or named[2]).decode("utf-8", "replace")

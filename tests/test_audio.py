@@ -931,6 +931,7 @@ async def test_what_a_file_is_called_is_not_read(disposition: str, gateway: Serv
         (form(("file", QUESTION))[:-20], None),
         (form(("file", QUESTION), boundary="abc"), None),
         (b"--xyz\r\n\r\nx\r\n--xyz--", None),
+        (b'--xyz\r\nContent-Disposition: form-data; %bname="file"\r\n\r\nx\r\n--xyz--' % (b"a=b;" * 2000), None),
         (form(*((f"f{n}", b"") for n in range(40))), None),
         (b"", None),
     ],
