@@ -925,10 +925,10 @@ class TextFormatter(JSONFormatter):
             what.append(f"{line['provider']}/{line['model']}")
         if line.get("fallbacks"):
             what.append(f"after {', '.join(line['fallbacks'])}")
-        if "output_tokens" in line:
-            what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
         told = {"audio_in": "heard", "audio_out": "spoken"}
         what += [f"{line[name]:.1f} s {done}" for name, done in told.items() if name in line]
+        if "output_tokens" in line:
+            what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
         what += [line.get("code") or line["error"]] if line.get("error") else []
         what += [line["caller"]] if line.get("caller") else []
         return "  ".join([self._status(line["status"]), _took(line["duration_ms"]), *what, line.get("request_id", "")])
@@ -1037,12 +1037,12 @@ class Exchange:
     provider: str | None = None
     model: str | None = None
     usage: Mapping[str, int] | None = None  # tokens, by the names of `vai.Usage`
+    speech: Mapping[tuple[str, str], float] = field(default_factory=dict)  # `providers.AudioSeconds`
     error: Error | None = None
     sent: int | None = None
     status: int = 499  # what the log says of a caller that went away
     first_token: float | None = None  # seconds from the beginning
     attempts: Sequence[providers.Attempt] = ()
-    speech: Mapping[tuple[str, str], float] = field(default_factory=dict)  # `providers.AudioSeconds`
     lines: ClassVar[LogWriter | None] = None  # of a process in which nobody else takes log records
 
     def log(self, request: web.BaseRequest) -> None:

@@ -3187,6 +3187,7 @@ class Speaker:
                 fault = ProviderTimeoutError(f"{name} did not end its speech in time", provider=name)
             elif fault is not raised:
                 logger.error("unexpected %s", type(raised).__name__, exc_info=raised)
+            logger.info("an answer was not spoken: %s %s", settings.provider, fault.code or fault.type)
             if fault.param:
                 fault.param = f"voice.output.{fault.param}"
             error = {name: value for name, value in fault.to_wire()["error"].items() if value is not None}

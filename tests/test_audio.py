@@ -264,6 +264,18 @@ async def test_a_voice_that_says_nothing_is_told(environ: dict[str, str], listen
     assert [block.type for block in message.content] == ["text"]
 
 
+async def test_the_log_says_why_an_answer_was_not_spoken(gateway: Served, logged: Logged) -> None:
+    """The request is a 200; what its speech failed of has a line of its own, with the request's id and no content."""
+    answer = await gateway.ask(
+        "openai", "[say Marked.]", voice=SPEAK, headers={"X-Provider-Key-Cartesia": "bad-secret"}
+    )
+    assert answer.body["metadata"]["audio_error"]["type"] == "authentication_error"
+    (line,) = [line for line in map(json.loads, logged.json) if line["logger"] == "vai.voice"]
+    assert line["message"] == "an answer was not spoken: cartesia authentication_failed"
+    assert line["request_id"] == answer.headers["X-Request-ID"]
+    assert not [line for line in logged.json if "Marked" in line or "bad-secret" in line]
+
+
 @both
 async def test_an_unknown_voice_is_named(mode: str, connect: Connect) -> None:
     """As what the request calls it; so is a model that does not hear."""
