@@ -2984,7 +2984,11 @@ class Hearing:
         slots = asyncio.Semaphore(MOST_AT_ONCE)
         tasks = [asyncio.create_task(self._heard(block, place, slots)) for place, block in found]
         try:
-            texts = await asyncio.gather(*tasks)
+            async with asyncio.timeout(self.service.sockets.timeouts.total):
+                texts = await asyncio.gather(*tasks)
+        except TimeoutError:
+            name = self.service.adapter.id
+            raise ProviderTimeoutError(f"{name} did not hear it all in time", provider=name) from None
         finally:
             for task in tasks:
                 task.cancel()

@@ -486,6 +486,16 @@ async def test_what_was_heard(case: str, connect: Connect) -> None:
         assert transcript in message.text
 
 
+async def test_many_recordings_have_the_time_of_one_request(environ: dict[str, str], sandbox: Sandbox) -> None:
+    recordings = [wav(master(f"[wait 0.3] Recording {n}"), 24_000) for n in range(12)]
+    engine = vai.Direct(environ=environ, timeouts=vai.Timeouts(total=0.5))
+    async with asyncio.timeout(8), AsyncClient(engine=engine, max_retries=0) as client:
+        with pytest.raises(vai.ProviderTimeoutError) as caught:
+            await client.messages.create(model=model("openai"), messages=asks(*recordings), voice=HEAR)
+    assert caught.value.provider == "cartesia"
+    assert not calls(sandbox, "/chat/completions")
+
+
 async def test_earlier_turns_and_tool_results_are_heard_too(connect: Connect, sandbox: Sandbox) -> None:
     """All recordings become text; only those of the last turn are its transcript. What Anthropic gets else is kept."""
     client = await connect("direct")
