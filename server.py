@@ -1820,6 +1820,7 @@ class Gateway:
     async def audio(self, request: web.Request) -> web.StreamResponse:
         caller = await self.admit(request)
         exchange = request[EXCHANGE]
+        self._check_sender(request)
         body = await read_body(request, self.config.limits, self.config.timeouts.body, forms=True)
         try:
             asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
@@ -1847,6 +1848,14 @@ class Gateway:
             return web.Response(body=answer.audio, headers={**headers, "Content-Type": answer.content_type})
         raw = await off_loop(size, lambda: providers.dumps(answer.to_wire()))
         return web.Response(body=raw, headers=headers, content_type="application/json")
+
+    def _check_sender(self, request: web.Request) -> None:
+        """A browser sends any page's form without asking first: where no key is wanted, the page must be allowed."""
+        origin = request.headers.get("Origin")
+        is_form = request.content_type == "multipart/form-data"
+        if is_form and self.callers.mode == "none" and origin is not None and not self.cors.allows(origin):
+            message = "pages of this origin may not send forms here: see cors.allowed_origins"
+            raise providers.PermissionDeniedError(message, code="origin")
 
     async def _copy_speech(
         self, request: web.Request, asked: voice.SynthesisRequest, keys: Mapping[str, str], out: EventWriter

@@ -1056,6 +1056,23 @@ async def test_limits_and_doors(gateway: Served, serve: Serve) -> None:
     assert (got.status, got.headers["Allow"]) == (405, "POST")
 
 
+@pytest.mark.parametrize("origin", ["https://evil.test", "null", "https://app.test", None])
+async def test_a_web_page_sends_no_form_unasked(origin: str | None, serve: Serve, sandbox: Sandbox) -> None:
+    """A form needs no preflight: without keys, any page could spend ours on this machine."""
+    gateway = await serve(auth={"mode": "none", "keys": []}, cors={"allowed_origins": ["https://app.test"]})
+    headers = {"Content-Type": "multipart/form-data; boundary=xyz", **({"Origin": origin} if origin else {})}
+    raw = form(("file", QUESTION))
+    answer = await gateway.send("POST", "/v1/audio", key=None, data=raw, headers=headers)
+    if origin in ("https://app.test", None):
+        assert answer.body["text"] == "What is two plus two?"
+    else:
+        assert (answer.status, answer.error["type"], answer.error["code"]) == (403, "permission_error", "origin")
+        assert not sandbox.requests
+    page = {"Origin": "https://its-own.test"}  # with a key no page of a stranger gets here
+    keyed = await serve()
+    assert (await keyed.send("POST", "/v1/audio", data=raw, headers={**headers, **page})).status == 200
+
+
 async def test_whose_key_pays(environ: dict[str, str], serve: Serve, sandbox: Sandbox) -> None:
     """Header before body before the gateway's own; in passthrough the caller's, for messages one of its own."""
     gateway, bare = await serve(), await serve(environ={**environ, "CARTESIA_API_KEY": ""})
