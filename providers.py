@@ -19,6 +19,7 @@ import asyncio
 import base64
 import binascii
 import codecs
+import collections
 import contextlib
 import dataclasses
 import email.utils
@@ -1107,6 +1108,11 @@ class MessageRequest(_Request):
         """Which models were asked, in order, filled by the engine. A request and its fallbacks share the list."""
         return []
 
+    @functools.cached_property
+    def speech(self) -> AudioSeconds:
+        """What speech services heard (`in`) and spoke (`out`) for this request, filled by the engine."""
+        return collections.defaultdict(float)
+
     def for_model(self, model: str) -> MessageRequest:
         """The same request for another model, to be made before anything was dropped from this one."""
         provider, name = split_model(model)
@@ -1188,6 +1194,9 @@ class MessageRequest(_Request):
     def tool_names(self) -> dict[str, str]:
         """Tool-call id → name of the tool, over the whole history."""
         return {block.id: block.name for block in self.blocks if isinstance(block, ToolUseBlock)}
+
+
+AudioSeconds: TypeAlias = collections.defaultdict[tuple[str, str], float]  # by service and direction
 
 
 @dataclass(slots=True)

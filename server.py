@@ -925,6 +925,8 @@ class TextFormatter(JSONFormatter):
             what.append(f"{line['provider']}/{line['model']}")
         if line.get("fallbacks"):
             what.append(f"after {', '.join(line['fallbacks'])}")
+        told = {"audio_in": "heard", "audio_out": "spoken"}
+        what += [f"{line[name]:.1f} s {done}" for name, done in told.items() if name in line]
         if "output_tokens" in line:
             what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
         what += [line.get("code") or line["error"]] if line.get("error") else []
@@ -1035,6 +1037,7 @@ class Exchange:
     provider: str | None = None
     model: str | None = None
     usage: Mapping[str, int] | None = None  # tokens, by the names of `vai.Usage`
+    speech: Mapping[tuple[str, str], float] = field(default_factory=dict)  # `providers.AudioSeconds`
     error: Error | None = None
     sent: int | None = None
     status: int = 499  # what the log says of a caller that went away
@@ -1071,6 +1074,8 @@ class Exchange:
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
         if self.usage:
             out |= {name: self.usage.get(name, 0) for name in ("input_tokens", "output_tokens")}
+        for (_, direction), seconds in self.speech.items():
+            out[f"audio_{direction}"] = round(seconds, 2)
         if self.error:
             out |= {"error": self.error.type, "code": self.error.code}
         if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
@@ -1189,6 +1194,7 @@ class PrometheusMetrics(Metrics):
             "time_to_first_token_seconds", "From a streaming request to its first delta.", FIRST_TOKENS, "provider"
         )
         self._tokens = counter("tokens", "Tokens, as providers bill them.", "provider", "direction")
+        self._speech = counter("speech_seconds", "Seconds of audio that was heard or spoken.", "provider", "direction")
         self._errors = counter("errors", "Errors told to callers.", "provider", "type")
         self._retries = counter("upstream_retries", "Requests repeated at one provider.", "provider", "reason")
         self._fallbacks = counter(
@@ -1226,6 +1232,8 @@ class PrometheusMetrics(Metrics):
             for direction, name in DIRECTIONS.items():
                 if (tokens := usage.get(name, 0)) > 0:  # a counter takes no less, whatever a provider says
                     self._tokens[provider, direction].inc(tokens)
+        for (service, direction), seconds in exchange.speech.items():
+            self._speech[service, direction].inc(seconds)
         if exchange.error:
             self._errors[provider, exchange.error.type].inc()
         for number, attempt in enumerate(exchange.attempts):
@@ -1416,6 +1424,14 @@ def read_keys(raw: bytes, limits: LimitsSection) -> JSON:
     return body
 
 
+MAX_FIELD_HEAD = 4096  # bytes before what a field of a form holds
+FIELD_NAME = re.compile(  # other parameters are stepped over as a whole: a file may be called `x; name=y`
+    rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*"
+    rb'(?:;[ \t]*(?!name=)[^\s;="]+=(?:"(?:[^"\\\r\n]|\\[^\r\n])*"|[^\s;"]*)[ \t]*)*'
+    rb';[ \t]*name=(?:"([^"\r\n]{1,64})"|([^\s;"]{1,64}))'
+)
+
+
 def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     """A form as the object that would have said the same: its `file` is `audio`, in bytes (RFC 7578)."""
     found = re.search(r'(?i)[;\s]boundary=(?:"([^"\r\n]{1,70})"|([^\s;"]{1,70}))', content_type)
@@ -1428,12 +1444,10 @@ def read_form(raw: bytes, limits: LimitsSection, content_type: str) -> JSON:
     body: JSON = {}
     for part in parts[:-1]:
         head, _, data = part.partition(b"\r\n\r\n")
-        named = re.search(
-            rb'(?i)\r\ncontent-disposition:[ \t]*form-data;(?:[^\r\n]*;)?[ \t]*name="?([^"\r\n;]{1,64})', head
-        )
+        named = FIELD_NAME.search(head[:MAX_FIELD_HEAD])
         if not named:
             raise InvalidRequestError("a field of the form has no name", code="malformed_form")
-        name = named[1].decode("utf-8", "replace")
+        name = (named[1] or named[2]).decode("utf-8", "replace")
         if name in body:
             raise InvalidRequestError(f"{header_safe(name)}: is in the form twice", param=header_safe(name))
         body[name] = data if name == "file" else _form_value(name, data)
@@ -1449,7 +1463,7 @@ def _form_value(name: str, data: bytes) -> Any:
         text = data.decode()
     except UnicodeDecodeError:
         raise InvalidRequestError(f"{header_safe(name)}: is not text", param=header_safe(name)) from None
-    if name == "sample_rate" and re.fullmatch(r"[0-9]{1,9}", text):
+    if name == "sample_rate" and re.fullmatch(r"-?[0-9]{1,9}", text):
         return int(text)
     return {"true": True, "false": False}.get(text, text) if name == "timestamps" else text
 
@@ -1729,6 +1743,8 @@ class Gateway:
         headers = {n: ",".join(request.headers.getall(n)) for n in vai.FORWARDED_HEADERS if n in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
+        if asked.voice:
+            exchange.speech = asked.speech
         if caller.models is not None:
             for route in (asked, *asked.fallbacks):
                 caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
@@ -1804,8 +1820,14 @@ class Gateway:
     async def audio(self, request: web.Request) -> web.StreamResponse:
         caller = await self.admit(request)
         exchange = request[EXCHANGE]
+        self._check_sender(request)
         body = await read_body(request, self.config.limits, self.config.timeouts.body, forms=True)
-        asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
+        try:
+            asked = await off_loop(request.content.total_bytes, self.engine.parse_audio, body)
+        except Error as fault:
+            if fault.param == "audio" and request.content_type == "multipart/form-data":  # there it is called `file`
+                fault.param, fault.message = "file", fault.message.replace("audio", "file", 1)
+            raise
         del body
         model = voice.model_of(asked)
         exchange.provider, _, exchange.model = model.partition("/")
@@ -1819,11 +1841,21 @@ class Gateway:
         else:
             answer = await self.engine.synthesize(asked, keys)
             size = len(answer.audio)
+        direction = "out" if isinstance(answer, voice.Speech) else "in"
+        exchange.speech = {(asked.provider, direction): answer.duration_seconds}
         headers = {"X-Model": header_safe(model), "X-Duration-Ms": str(exchange.milliseconds)}
         if isinstance(answer, voice.Speech) and wants_audio(request):
             return web.Response(body=answer.audio, headers={**headers, "Content-Type": answer.content_type})
         raw = await off_loop(size, lambda: providers.dumps(answer.to_wire()))
         return web.Response(body=raw, headers=headers, content_type="application/json")
+
+    def _check_sender(self, request: web.Request) -> None:
+        """A browser sends any page's form without asking first: where no key is wanted, the page must be allowed."""
+        origin = request.headers.get("Origin")
+        is_form = request.content_type == "multipart/form-data"
+        if is_form and self.callers.mode == "none" and origin is not None and not self.cors.allows(origin):
+            message = "pages of this origin may not send forms here: see cors.allowed_origins"
+            raise providers.PermissionDeniedError(message, code="origin")
 
     async def _copy_speech(
         self, request: web.Request, asked: voice.SynthesisRequest, keys: Mapping[str, str], out: EventWriter
@@ -1844,6 +1876,7 @@ class Gateway:
             await out.end()
             exchange.status, exchange.sent = 200, out.sent
         finally:
+            exchange.speech = {(asked.provider, "out"): stream.duration}
             stream.close()
 
     @staticmethod

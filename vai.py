@@ -1240,9 +1240,10 @@ class Direct:
     ) -> tuple[voice.Speaker | None, str | None]:
         """What will speak the answer, and what the user was heard to say, which stands in the request from here on."""
         settings, brought = self.read_voice(request), (byok(keys or {}), byok(request.provider_keys))
-        speaker = self.speech.speaker(settings.output, *brought) if settings.output else None
+        spent = request.speech
+        speaker = self.speech.speaker(settings.output, *brought, spent=spent) if settings.output else None
         heard = (
-            await self.speech.hearing(settings.input, *brought).transcribe([request, *request.fallbacks])
+            await self.speech.hearing(settings.input, *brought, spent=spent).transcribe([request, *request.fallbacks])
             if settings.input
             else None
         )

@@ -453,24 +453,25 @@ def read_recording(
 ) -> Recording:
     """Audio that came in, checked. `format` is needed for bare samples only: `pcm` or the name of an encoding.
 
-    What a file is, its bytes say, not its name. A WAV file that is not the plainest kind (another encoding, channels,
-    other chunks, a length left open) is made one. Raises `InvalidRequestError` that names `audio`,
-    `format` or `sample_rate`.
+    What a file is, its bytes say, not its name; a WAV file is never taken for bare samples. One that is not the
+    plainest kind (another encoding, channels, other chunks, a length left open) is made one. Raises
+    `InvalidRequestError` that names `audio`, `format` or `sample_rate`.
     """
     fields = place.rpartition(".")[0]
     if not data:
         raise _bad_audio("is empty", place)
     low = (format or "").lower().removeprefix("audio/")
     encoding = "pcm_s16le" if low in ("pcm", "raw", "l16") else low
-    if encoding in _ENCODINGS:
-        if sample_rate is None or not 4000 <= sample_rate <= 192_000:
-            param = f"{fields}.sample_rate".lstrip(".")
-            said = "is required for bare samples" if sample_rate is None else "must be between 4000 and 192000"
-            raise InvalidRequestError(f"{param}: {said}", param=param)
+    known = sniff(data)
+    bare = encoding in _ENCODINGS and known != "wav"
+    if (bare and sample_rate is None) or (sample_rate is not None and not 4000 <= sample_rate <= 192_000):
+        param = f"{fields}.sample_rate".lstrip(".")
+        said = "is required for bare samples" if sample_rate is None else "must be between 4000 and 192000"
+        raise InvalidRequestError(f"{param}: {said}", param=param)
+    if bare:
         if len(data) % _ENCODINGS[encoding]:
             raise _bad_audio(f"{len(data)} bytes are not whole samples of {encoding}", place)
         return Recording(data, "pcm", encoding, sample_rate)
-    known = sniff(data)
     if low and known is None and low not in (*CONTENT_TYPES, *_OTHER_NAMES):
         param = f"{fields}.format".lstrip(".")
         choices = ", ".join((*CONTENT_TYPES, *_ENCODINGS))
@@ -1662,6 +1663,15 @@ def check_text(text: str, place: str = "text") -> None:
         raise InvalidRequestError(message, param=place, code="text_too_long")
 
 
+def _no_audio(provider: str) -> Error:
+    return ProviderError(f"{provider} sent no audio", provider=provider, code="unreadable_answer")
+
+
+def _audio_seconds(size: int, settings: VoiceOutput) -> float:
+    """Of so many bytes of speech, without a header."""
+    return size * 8 / MP3_BIT_RATE if settings.format == "mp3" else duration(size, settings.sample_rate)
+
+
 def _number(value: Any) -> float:
     """A finite number that is not negative; 0 for anything else."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
@@ -1762,7 +1772,8 @@ class Cartesia(SpeechAdapter):
         with contextlib.suppress(ValueError):
             fault = _cartesia_fault(providers.loads(body))
             status, body = fault.pop("status_code", status), providers.dumps(fault) if fault["message"] else b""
-        return providers.provider_error(self.id, status, headers, body, keys=[credential.key], own_key=credential.own)
+        error = providers.provider_error(self.id, status, headers, body, keys=[credential.key], own_key=credential.own)
+        return _blaming(error)
 
     # -- over WebSockets --
 
@@ -1854,6 +1865,9 @@ def _words(value: Any) -> tuple[Word, ...]:
     )
 
 
+_MODEL_CODES = ("model_not_found", "model_sunsetted")
+
+
 def _cartesia_fault(message: Any) -> JSON:
     """Cartesia's error object in the names that providers.py reads. Its text is in `message`, `title` or `error`."""
     fault = providers._as_dict(message)
@@ -1863,13 +1877,20 @@ def _cartesia_fault(message: Any) -> JSON:
     code = fault.get("error_code")
     if isinstance(code, str):
         kept["code"] = code
-    if code in ("model_not_found", "model_sunsetted"):
+    if code in _MODEL_CODES:
         kept["status_code"] = 404
     return {"message": text, **kept}
 
 
 def _cartesia_error(adapter: Cartesia, message: JSON) -> Error:
-    return providers.stream_error(adapter.id, _cartesia_fault(message))
+    return _blaming(providers.stream_error(adapter.id, _cartesia_fault(message)))
+
+
+def _blaming(error: Error) -> Error:
+    """Cartesia names no field. What it does not know is the model or, in requests such as ours, the voice."""
+    if error.status == 404:
+        error.param = "model" if error.code in _MODEL_CODES else "voice" if "voice" in error.message.lower() else None
+    return error
 
 
 class CartesiaSTT(STT):
@@ -2351,9 +2372,7 @@ class SpeechStream:
 
     @property
     def duration(self) -> float:
-        if self._settings.format == "mp3":
-            return self._bytes * 8 / MP3_BIT_RATE
-        return duration(self._bytes, self._settings.sample_rate)
+        return _audio_seconds(self._bytes, self._settings)
 
     def close(self) -> None:
         self._upstream.abort()
@@ -2393,8 +2412,7 @@ class SpeechStream:
 
     def _check_begun(self) -> None:
         if not self._bytes and not any(isinstance(event, Audio) for event in self._ready):
-            name = self._service.adapter.id
-            raise ProviderError(f"{name} sent no audio", provider=name, code="unreadable_answer")
+            raise _no_audio(self._service.adapter.id)
 
 
 class STTSession:
@@ -2953,6 +2971,7 @@ class Hearing:
     service: Service
     settings: VoiceInput
     known: Transcripts
+    spent: providers.AudioSeconds
 
     async def transcribe(self, requests: Sequence[MessageRequest]) -> str | None:
         """Puts text in place of each recording, in all of these, which are one request to several models.
@@ -2965,7 +2984,11 @@ class Hearing:
         slots = asyncio.Semaphore(MOST_AT_ONCE)
         tasks = [asyncio.create_task(self._heard(block, place, slots)) for place, block in found]
         try:
-            texts = await asyncio.gather(*tasks)
+            async with asyncio.timeout(self.service.sockets.timeouts.total):
+                texts = await asyncio.gather(*tasks)
+        except TimeoutError:
+            name = self.service.adapter.id
+            raise ProviderTimeoutError(f"{name} did not hear it all in time", provider=name) from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -2988,10 +3011,15 @@ class Hearing:
                 recording, mark = self._read(block.source, place)
             if (text := self.known.get(mark)) is None:
                 try:
-                    text = (await self.service.transcribe(recording, self.settings, words=False)).text
-                except InvalidRequestError as fault:
-                    fault.param = f"voice.input.{fault.param}" if fault.param else place
+                    heard = await self.service.transcribe(recording, self.settings, words=False)
+                except Error as fault:
+                    if fault.param:
+                        fault.param = f"voice.input.{fault.param}"
+                    elif isinstance(fault, InvalidRequestError):
+                        fault.param = place
                     raise
+                text = heard.text
+                self.spent[self.settings.provider, "in"] += heard.duration_seconds
                 self.known.add(mark, text)
         return text
 
@@ -3006,6 +3034,10 @@ def _block_recording(source: providers.Base64Source, place: str) -> Recording:
     if bare and not (rate and 4000 <= int(rate[1]) <= 192_000):
         param = f"{place}.source.media_type"
         raise InvalidRequestError(f"{param}: says no sample rate (as audio/pcm;rate=16000 does)", param=param)
+    channels = re.search(r"\bchannels=(\d+)", rest)
+    if bare and channels and int(channels[1]) != 1:
+        param = f"{place}.source.media_type"
+        raise InvalidRequestError(f"{param}: bare samples have one channel; a WAV file may have more", param=param)
     data = base64.b64decode(source.data)
     return read_recording(data, bare, int(rate[1]) if bare and rate else None, place=f"{place}.source.data")
 
@@ -3065,7 +3097,8 @@ def _raw_in_place(blocks: Sequence[providers.Block], given: Sequence[JSON], said
 class Speaker:
     """An answer's voice. `feed` it the text as it is written, which never waits, then `end`; `next` gives the audio.
 
-    Speech begins with the first part that can be spoken. What goes wrong is an `AudioError` among the events.
+    Speech begins with the first part that can be spoken. What goes wrong is an `AudioError` among the events; so is
+    speech that has not ended `total` seconds after the request for it. Seconds spoken are added to `spent`.
     """
 
     AHEAD = 64  # pieces of audio that are taken from the service before anybody asks for them
@@ -3075,10 +3108,13 @@ class Speaker:
         service: Service,
         settings: VoiceOutput,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        spent: providers.AudioSeconds,
     ) -> None:
         self._service = service
         self._settings = settings
         self._spawn = spawn
+        self._spent = spent
+        self._deadline = asyncio.get_running_loop().time() + service.sockets.timeouts.total
         self._parts = SpokenParts()
         self._between = ""  # what was said before a pause and what comes after it
         self._spoken: list[str] = []
@@ -3139,16 +3175,25 @@ class Speaker:
     async def _pass_on(self, audio: AsyncGenerator[bytes, None]) -> None:
         settings = self._settings
         try:
-            async with contextlib.aclosing(audio):
+            async with asyncio.timeout_at(self._deadline), contextlib.aclosing(audio):
                 async for data in audio:
+                    self._spent[settings.provider, "out"] += _audio_seconds(len(data), settings)
                     if settings.format == "wav" and not self._sounded:
                         data = wav_header(settings.sample_rate) + data
                     self._sounded = True
                     await self._events.put(AudioDelta(data, settings.format, settings.sample_rate))
+            if not self._sounded and any(map(str.isalnum, "".join(self._spoken))):
+                raise _no_audio(settings.provider)
         except Exception as raised:  # of whatever kind: the answer must not wait for a voice that is gone
             fault = raised if isinstance(raised, Error) else APIError("internal error")
-            if fault is not raised:
+            if isinstance(raised, TimeoutError):
+                name = settings.provider
+                fault = ProviderTimeoutError(f"{name} did not end its speech in time", provider=name)
+            elif fault is not raised:
                 logger.error("unexpected %s", type(raised).__name__, exc_info=raised)
+            logger.info("an answer was not spoken: %s %s", settings.provider, fault.code or fault.type)
+            if fault.param:
+                fault.param = f"voice.output.{fault.param}"
             error = {name: value for name, value in fault.to_wire()["error"].items() if value is not None}
             await self._events.put(AudioError(error))
         await self._events.put(None)
@@ -3244,11 +3289,17 @@ class Services:
             raise AuthenticationError(message, provider=provider, code="no_provider_key")
         return Service(adapter, base_url, credential, self.transport, self.sockets)
 
-    def hearing(self, settings: VoiceInput, *brought: Mapping[str, Secret]) -> Hearing:
-        return Hearing(self.service(settings.provider, *brought), settings, self._transcripts)
+    def hearing(
+        self, settings: VoiceInput, *brought: Mapping[str, Secret], spent: providers.AudioSeconds | None = None
+    ) -> Hearing:
+        service = self.service(settings.provider, *brought)
+        return Hearing(service, settings, self._transcripts, collections.defaultdict(float) if spent is None else spent)
 
-    def speaker(self, settings: VoiceOutput, *brought: Mapping[str, Secret]) -> Speaker:
-        return Speaker(self.service(settings.provider, *brought), settings, self._spawn)
+    def speaker(
+        self, settings: VoiceOutput, *brought: Mapping[str, Secret], spent: providers.AudioSeconds | None = None
+    ) -> Speaker:
+        service = self.service(settings.provider, *brought)
+        return Speaker(service, settings, self._spawn, collections.defaultdict(float) if spent is None else spent)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is let go of in its own time: a service is told that nobody listens any more."""

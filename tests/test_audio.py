@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import wave
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JSON, KEY, MODELS, ROOT, Answer, Listen, Serve, Served, body_of, hear, post_bytes, reset
+from conftest import JSON, KEY, MODELS, ROOT, Answer, Listen, Logged, Serve, Served, body_of, hear, post_bytes, reset
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -37,7 +39,7 @@ from providers import (
 from sandbox import Request, Sandbox
 from sandbox import speech as master
 from vai import AsyncClient
-from voice import Transcription, VoiceOutput, read_wav, rms, silence, wav, wav_header
+from voice import Transcription, VoiceOutput, duration, read_wav, rms, silence, wav, wav_header
 
 SAID = "Hello there. **How** are you today? I am fine, `thank you`."
 SPOKEN = "Hello there. How are you today? I am fine, thank you."
@@ -197,6 +199,96 @@ async def test_a_hung_voice_ends_the_answer_late_but_well(where: str, environ: d
     assert (final.text, final.stop_reason) == (said, "end_turn")
     assert final.metadata == {"audio_error": fault.error}
     assert [block.type for block in final.content] == (["text"] if where == "handshake" else ["text", "audio"])
+
+
+async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+    """Takes a WebSocket, and gives the `context_id` of its first message."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    key = re.search(r"(?i)sec-websocket-key: (\S+)", head)
+    assert key
+    proof = base64.b64encode(hashlib.sha1(f"{key[1]}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest())
+    head = "HTTP/1.1 101 OK\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+    writer.write(head.encode() + proof + b"\r\n\r\n")
+    size = (await reader.readexactly(2))[1] & 127
+    size = int.from_bytes(await reader.readexactly(2), "big") if size == 126 else size
+    mask, data = await reader.readexactly(4), await reader.readexactly(size)
+    said: str = json.loads(bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))["context_id"]
+    return said
+
+
+def text_frame(message: JSON) -> bytes:
+    data = json.dumps(message).encode()
+    return b"\x81" + (bytes([len(data)]) if len(data) < 126 else b"\x7e" + len(data).to_bytes(2, "big")) + data
+
+
+@pytest.mark.parametrize("format", ["pcm", "mp3"])
+async def test_a_voice_without_end(format: str, environ: dict[str, str], listen: Listen) -> None:
+    """Speech counts into the time of the whole request: a service that goes on and on is cut off."""
+    piece = {"type": "chunk", "data": base64.b64encode(bytes(48)).decode()}
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if format == "mp3":
+            await hear(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nTransfer-Encoding: chunked\r\n\r\n")
+            more = b"4\r\n\xff\xf3\xc4\xc4\r\n"
+        else:
+            more = text_frame({**piece, "context_id": await accepted(reader, writer)})
+        while not reader.at_eof():
+            writer.write(more)
+            await asyncio.sleep(0.01)
+
+    environ = {**environ, "VAI_CARTESIA_BASE_URL": await listen(talk)}
+    engine = vai.Direct(environ=environ, timeouts=vai.Timeouts(total=0.5))
+    async with asyncio.timeout(8), AsyncClient(engine=engine) as client:
+        voice = {"output": {"format": format}}
+        async with client.messages.stream(model=model("openai"), messages=f"[say {SAID}]", voice=voice) as stream:
+            final = await stream.final()
+    assert final.metadata is not None
+    assert final.metadata["audio_error"]["type"] == "timeout_error"
+    assert (final.text, final.stop_reason, final.content[-1].type) == (SAID, "end_turn", "audio")
+
+
+async def test_a_voice_that_says_nothing_is_told(environ: dict[str, str], listen: Listen) -> None:
+    """Speech that ends before it began has failed: the answer says so."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        context = await accepted(reader, writer)
+        writer.write(text_frame({"type": "done", "done": True, "status_code": 200, "context_id": context}))
+        await reader.read()
+
+    environ = {**environ, "VAI_CARTESIA_BASE_URL": await listen(talk)}
+    async with AsyncClient(engine=vai.Direct(environ=environ)) as client:
+        message = await client.messages.create(model=model("openai"), messages="[say Hello.]", voice=SPEAK)
+    assert message.metadata is not None
+    assert message.metadata["audio_error"]["message"] == "cartesia sent no audio"
+    assert [block.type for block in message.content] == ["text"]
+
+
+async def test_the_log_says_why_an_answer_was_not_spoken(gateway: Served, logged: Logged) -> None:
+    """The request is a 200; what its speech failed of has a line of its own, with the request's id and no content."""
+    answer = await gateway.ask(
+        "openai", "[say Marked.]", voice=SPEAK, headers={"X-Provider-Key-Cartesia": "bad-secret"}
+    )
+    assert answer.body["metadata"]["audio_error"]["type"] == "authentication_error"
+    (line,) = [line for line in map(json.loads, logged.json) if line["logger"] == "vai.voice"]
+    assert line["message"] == "an answer was not spoken: cartesia authentication_failed"
+    assert line["request_id"] == answer.headers["X-Request-ID"]
+    assert not [line for line in logged.json if "Marked" in line or "bad-secret" in line]
+
+
+@both
+async def test_an_unknown_voice_is_named(mode: str, connect: Connect) -> None:
+    """As what the request calls it; so is a model that does not hear."""
+    client = await connect(mode)
+    voice = {"output": {"voice": "not-exist"}}
+    message = await client.messages.create(model=model("openai"), messages="[say Hello.]", voice=voice)
+    assert message.metadata is not None
+    error = message.metadata["audio_error"]
+    assert (error["type"], error["param"]) == ("not_found_error", "voice.output.voice")
+    voice = {"input": {"model": "not-exist"}}
+    with pytest.raises(vai.NotFoundError) as caught:
+        await client.messages.create(model=model("openai"), messages=asks(QUESTION), voice=voice)
+    assert caught.value.param == "voice.input.model"
 
 
 FAILURES: dict[str, tuple[str, str]] = {  # what happens to the speech → type of the error
@@ -394,6 +486,16 @@ async def test_what_was_heard(case: str, connect: Connect) -> None:
         assert transcript in message.text
 
 
+async def test_many_recordings_have_the_time_of_one_request(environ: dict[str, str], sandbox: Sandbox) -> None:
+    recordings = [wav(master(f"[wait 0.3] Recording {n}"), 24_000) for n in range(12)]
+    engine = vai.Direct(environ=environ, timeouts=vai.Timeouts(total=0.5))
+    async with asyncio.timeout(8), AsyncClient(engine=engine, max_retries=0) as client:
+        with pytest.raises(vai.ProviderTimeoutError) as caught:
+            await client.messages.create(model=model("openai"), messages=asks(*recordings), voice=HEAR)
+    assert caught.value.provider == "cartesia"
+    assert not calls(sandbox, "/chat/completions")
+
+
 async def test_earlier_turns_and_tool_results_are_heard_too(connect: Connect, sandbox: Sandbox) -> None:
     """All recordings become text; only those of the last turn are its transcript. What Anthropic gets else is kept."""
     client = await connect("direct")
@@ -438,6 +540,7 @@ async def test_what_an_assistant_said_is_history(provider: str, connect: Connect
         ([vai.text("x"), vai.audio(wav(b"", 8000))], HEAR, "messages[0].content[1].source.data", "invalid_audio"),
         ([vai.audio(b"\0\0\0", "audio/pcm;rate=16000")], HEAR, "messages[0].content[0].source.data", "invalid_audio"),
         ([vai.audio(b"\0\0", "audio/pcm")], HEAR, "messages[0].content[0].source.media_type", None),
+        ([vai.audio(b"AB", "audio/pcm;rate=8000;channels=2")], HEAR, "messages[0].content[0].source.media_type", None),
         ([vai.audio(wav(silence(0.2, 24_000), 24_000))], HEAR, "messages[0].content[0]", "no_speech"),
         ([{"type": "audio", "transcript": "x"}], HEAR, "messages[0].content[0].source", None),
         ([vai.audio(QUESTION)], {"input": {"model": "ink-2"}}, "voice.input.model", "unsupported_feature"),
@@ -653,8 +756,8 @@ BAD_SPEECH: dict[str, tuple[Any, JSON, str | None, str | None]] = {  # text, opt
     "language": ("Hi.", {"language": "tlh"}, "language", None),
     "service": ("Hi.", {"provider": "elsewhere"}, "provider", None),
     "old model": ("Hi.", {"model": "sonic-2", "speed": 1.1}, "speed", "unsupported_feature"),
-    "dead model": ("Hi.", {"model": "sonic-english"}, None, "model_sunsetted"),
-    "unknown voice": ("Hi.", {"voice": "not-exist"}, None, None),
+    "dead model": ("Hi.", {"model": "sonic-english"}, "model", "model_sunsetted"),
+    "unknown voice": ("Hi.", {"voice": "not-exist"}, "voice", None),
     "refused": ("[error 429]", {}, None, None),
     "overloaded": ("[error 503]", {}, None, None),
 }
@@ -700,6 +803,7 @@ BAD_RECORDINGS: dict[str, tuple[Any, JSON, str, str | None]] = {
     "half a sample": (b"\0\0\0", {"format": "pcm", "sample_rate": 8000}, "audio", "invalid_audio"),
     "no rate": (b"\0\0", {"format": "pcm"}, "sample_rate", None),
     "odd rate": (b"\0\0", {"format": "pcm", "sample_rate": 1}, "sample_rate", None),
+    "odd rate of a file": (QUESTION, {"sample_rate": -1}, "sample_rate", None),
     "odd format": (b"\0\0", {"format": "aiff"}, "format", None),
     "language": (QUESTION, {"language": "?"}, "language", None),
     "model": (QUESTION, {"model": "ink-2"}, "model", "unsupported_feature"),
@@ -811,6 +915,25 @@ async def test_forms(gateway: Served) -> None:
     assert (answer.body["text"], answer.body["language"], answer.body["words"]) == ("What is two plus two?", "de", [])
     bare = form(("file", BARE), ("format", b"pcm"), ("sample_rate", b"16000"))
     assert (await post_form(gateway, bare, 'multipart/form-data; charset=utf-8; boundary="xyz"')).body["text"]
+    misnamed = form(("file", QUESTION), ("format", b"pcm"), ("sample_rate", b"8000"))  # its bytes say what it is
+    seconds = (await post_form(gateway, misnamed)).body["duration_seconds"]
+    assert seconds == pytest.approx(duration(QUESTION[44:], 24_000), abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        'name="file"; filename="../../x; name=model"',
+        'filename="a; name=\\"text\\"; .wav"; name="file"',
+        "Name=file; filename=a.wav; filename*=UTF-8''n%61me%3Dx",
+        'filename=""; name="file"',
+        'x="; name=text" ; name="file"',
+    ],
+)
+async def test_what_a_file_is_called_is_not_read(disposition: str, gateway: Served) -> None:
+    """Nothing inside another parameter is the name of a field."""
+    raw = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n--xyz--\r\n" % (disposition.encode(), QUESTION)
+    assert (await post_form(gateway, raw)).body["text"] == "What is two plus two?"
 
 
 @pytest.mark.parametrize(
@@ -820,14 +943,17 @@ async def test_forms(gateway: Served) -> None:
         (form(("file", QUESTION), ("file", QUESTION)), "file"),
         (form(("file", QUESTION), ("audio", b"UklGRg==")), "file"),
         (form(("file", QUESTION), ("sample_rate", b"many")), "sample_rate"),
+        (form(("file", QUESTION), ("sample_rate", b"-1")), "sample_rate"),
+        (form(("file", b"Words."), filename="a.wav"), "file"),
         (form(("file", QUESTION), ("timestamps", b"maybe")), "timestamps"),
         (form(("file", QUESTION), ("language", b"\xff")), "language"),
         (form(("file", QUESTION), ("prompt", b"x")), "prompt"),
         (form(("file", QUESTION), ("text", b"x")), "text"),
-        (form(("file", b"")), "audio"),
+        (form(("file", b"")), "file"),
         (form(("file", QUESTION))[:-20], None),
         (form(("file", QUESTION), boundary="abc"), None),
         (b"--xyz\r\n\r\nx\r\n--xyz--", None),
+        (b'--xyz\r\nContent-Disposition: form-data; %bname="file"\r\n\r\nx\r\n--xyz--' % (b"a=b;" * 2000), None),
         (form(*((f"f{n}", b"") for n in range(40))), None),
         (b"", None),
     ],
@@ -930,6 +1056,23 @@ async def test_limits_and_doors(gateway: Served, serve: Serve) -> None:
     assert (got.status, got.headers["Allow"]) == (405, "POST")
 
 
+@pytest.mark.parametrize("origin", ["https://evil.test", "null", "https://app.test", None])
+async def test_a_web_page_sends_no_form_unasked(origin: str | None, serve: Serve, sandbox: Sandbox) -> None:
+    """A form needs no preflight: without keys, any page could spend ours on this machine."""
+    gateway = await serve(auth={"mode": "none", "keys": []}, cors={"allowed_origins": ["https://app.test"]})
+    headers = {"Content-Type": "multipart/form-data; boundary=xyz", **({"Origin": origin} if origin else {})}
+    raw = form(("file", QUESTION))
+    answer = await gateway.send("POST", "/v1/audio", key=None, data=raw, headers=headers)
+    if origin in ("https://app.test", None):
+        assert answer.body["text"] == "What is two plus two?"
+    else:
+        assert (answer.status, answer.error["type"], answer.error["code"]) == (403, "permission_error", "origin")
+        assert not sandbox.requests
+    page = {"Origin": "https://its-own.test"}  # with a key no page of a stranger gets here
+    keyed = await serve()
+    assert (await keyed.send("POST", "/v1/audio", data=raw, headers={**headers, **page})).status == 200
+
+
 async def test_whose_key_pays(environ: dict[str, str], serve: Serve, sandbox: Sandbox) -> None:
     """Header before body before the gateway's own; in passthrough the caller's, for messages one of its own."""
     gateway, bare = await serve(), await serve(environ={**environ, "CARTESIA_API_KEY": ""})
@@ -969,6 +1112,32 @@ async def test_a_refused_key_of_ours_is_not_the_callers(environ: dict[str, str],
         assert "bad-key" not in answer.raw
 
 
+@pytest.mark.parametrize("kind", ["message", "stream", "file", "speech", "speech stream"])
+async def test_what_was_heard_and_spoken_is_counted(kind: str, gateway: Served, logged: Logged) -> None:
+    """In the log by request, in the metrics by service: seconds."""
+    expected = {"in": duration(QUESTION[44:], 24_000), "out": duration(master("Hello."), 24_000)}
+    if kind in ("message", "stream"):
+        asked = asks(QUESTION, text="[say Hello.]")
+        answer = await gateway.ask("openai", messages=asked, voice={**HEAR, **SPEAK}, stream=kind == "stream")
+    elif kind == "file":
+        answer = await post(gateway, {"audio": b64(QUESTION)})
+        del expected["out"]
+    else:
+        answer = await post(gateway, {"text": "Hello.", "stream": kind == "speech stream"})
+        del expected["in"]
+    assert answer.status == 200
+    await gateway.gateway.idle.wait()
+    line, text = json.loads(logged.json[-1]), logged.text[-1]
+    found = {way: line[f"audio_{way}"] for way in ("in", "out") if f"audio_{way}" in line}
+    assert found == pytest.approx(expected, abs=0.006)
+    assert all(
+        f"{found[way]:.1f} s {done}" in text for way, done in (("in", "heard"), ("out", "spoken")) if way in found
+    )
+    counted = (await gateway.get("/metrics")).raw
+    rows = re.findall(r'(?m)^vai_speech_seconds_total{direction="(\w+)",provider="cartesia"} (\S+)$', counted)
+    assert {way: float(seconds) for way, seconds in rows} == pytest.approx(expected, abs=0.001)
+
+
 async def test_models_that_a_key_may_use(serve: Serve) -> None:
     """A list of models holds for speech as well."""
     keys = [{"key": KEY, "name": "a", "models": ["openai/*", "cartesia/sonic-3.5"]}]
@@ -983,7 +1152,8 @@ async def test_models_that_a_key_may_use(serve: Serve) -> None:
 async def test_an_error_in_mid_speech(gateway: Served) -> None:
     """Ends the events as an `error`; what came before it was told."""
     answer = await post(gateway, {"text": "Hello there, all of you. [break_off] Gone.", "stream": True})
-    assert answer.events[-1]["type"] in ("error", "done")
+    assert answer.events[0]["type"] == "audio_chunk"
+    assert (answer.events[-1]["type"], answer.events[-1]["error"]["type"]) == ("error", "provider_error")
     cut = await post(gateway, {"text": "Hello there. [error 500]", "stream": True})
     assert cut.status == 502
 
