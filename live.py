@@ -29,24 +29,26 @@ import math
 import operator
 import os
 import re
+import secrets
 import signal
 import struct
 import sys
+import time
 import unicodedata
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeAlias, cast
 
 from pydantic import BeforeValidator, Field
 
 if TYPE_CHECKING or not __package__:
     import voice
-    from providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from providers import JSON, AudioDelta, Error, InvalidRequestError, ProviderTimeoutError, StreamEvent
     from voice import STTEvent, VoiceInput, VoiceOutput, Word
 else:
     from . import voice
-    from .providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from .providers import JSON, AudioDelta, Error, InvalidRequestError, ProviderTimeoutError, StreamEvent
     from .voice import STTEvent, VoiceInput, VoiceOutput, Word
 
 __version__ = "0.1.0"
@@ -57,7 +59,9 @@ if getattr(voice, "__version__", None) != __version__:
 __all__ = [
     "FRAME",
     "RATE",
+    "Act",
     "Action",
+    "Answer",
     "AnswerEvent",
     "Ask",
     "AudioDone",
@@ -70,6 +74,7 @@ __all__ = [
     "CallTool",
     "CancelRun",
     "CancelTool",
+    "Check",
     "CheckInterrupt",
     "CheckTurn",
     "Committed",
@@ -99,8 +104,11 @@ __all__ = [
     "InterruptSettings",
     "Interrupted",
     "Ledger",
+    "LiveAudio",
     "LiveConfig",
+    "LiveEvent",
     "LiveInput",
+    "LiveSession",
     "LiveVoice",
     "Meter",
     "OnnxSilero",
@@ -111,6 +119,7 @@ __all__ = [
     "PySilero",
     "Refused",
     "ReleaseRun",
+    "Reply",
     "ResumeAudio",
     "Room",
     "RunFailed",
@@ -2857,6 +2866,145 @@ def _ran(prior: Iterable[tuple[str, list[JSON]]]) -> Iterator[tuple[tuple[str, s
 
 
 # == Session ===========================================================================================================
+# The I/O around the turn taker: one conversation. It knows neither providers nor sockets of clients; `vai.Direct.live`
+# makes one from a configuration, for `AsyncClient.live` and for the gateway alike.
+
+
+@dataclass(slots=True)
+class LiveEvent:
+    """What a session says, as SPEC and wire have it: `data` is the JSON object, its `type` among it.
+
+    async for event in session:
+        if event.type == "transcript.delta":
+            print(event["delta"])
+    """
+
+    type: str
+    data: JSON = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.data.get(name, default)
+
+    def to_wire(self) -> JSON:
+        return self.data
+
+
+@dataclass(slots=True)
+class LiveAudio:
+    """A piece of the answer's audio, PCM s16le mono: whole samples, 100 ms or less. A binary frame on the wire."""
+
+    response_id: str
+    data: bytes = field(repr=False)
+    sample_rate: int
+    type: ClassVar[Literal["audio_delta"]] = "audio_delta"
+
+    @property
+    def seconds(self) -> float:
+        return voice.duration(self.data, self.sample_rate)
+
+    def to_wire(self) -> JSON:
+        """`audio_delta`, for who wants JSON (`audio_out.transport`)."""
+        delta = AudioDelta(self.data, "pcm", self.sample_rate)
+        return {**delta.to_wire(), "response_id": self.response_id}
+
+
+class Answer(Protocol):
+    """A model's message coming in: lists of events, up to its `message_stop`, or the `Error` that ended it."""
+
+    def __aiter__(self) -> AsyncIterator[list[StreamEvent]]: ...
+    async def __anext__(self) -> list[StreamEvent]: ...
+    async def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+Reply: TypeAlias = Callable[[list[JSON], bool], Awaitable[Answer]]
+"""Asks the model: messages, and whether it may use tools. Raises an `Error`."""
+
+Check: TypeAlias = Callable[[str, str, str], Awaitable[str]]
+"""Asks a fast model: its name or `auto`, instructions, question. The answer's text. Raises an `Error`."""
+
+Act: TypeAlias = Callable[[str, JSON], Awaitable[tuple[str | list[JSON], bool]]]
+"""Calls a tool: name and input. What a `tool_result` holds: content, and whether it is an error."""
+
+
+class LiveSession:
+    """A conversation: audio and messages in by `send`, events out by iterating, both as SPEC 7 has them.
+
+        async with session:                      # connects to the speech service; raises its `Error`
+            asyncio.create_task(microphone(session))      # await session.send(pcm), as it comes
+            async for event in session:                   # session.created … session.closed
+                ...
+
+    One task iterates, any may send. Events are `LiveAudio` and `LiveEvent`. Audio comes as it is due, about a second
+    ahead of what is heard, and only while somebody iterates: who sends it on over a socket waits for the socket.
+    Leaving the block ends all that the session does, within 100 ms.
+
+    The session's times on the wire are milliseconds. In `turn.metrics`, `speech_end_ms` counts from the beginning of
+    the session and the others from there (from the decision, where nothing was spoken); null for what never came.
+
+    `reply`, `check` and `act` ask the model, a fast model and tools; without `act` the client is asked by `tool_use`.
+    `hear` and `speak` open the speech service, `detect` a detector. `side_effects` names tools that wait for the end of
+    the grace period.
+    """
+
+    def __init__(
+        self,
+        config: LiveConfig,
+        *,
+        reply: Reply,
+        hear: Callable[[], voice.STTSession],
+        speak: Callable[[], voice.TTSSession],
+        detect: Callable[[Sensitivity, Echo], SessionDetector],
+        check: Check | None = None,
+        act: Act | None = None,
+        side_effects: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        timing: Timing = Timing(),
+        max_duration: float = 7200.0,
+        session_id: str | None = None,
+    ) -> None:
+        self.id = session_id or f"live_{secrets.token_hex(12)}"
+        self.config = config
+        self.reconnects = 0  # of the speech service's sockets, so far
+        self.closed: str | None = None  # why it ended: the reason of `session.closed`
+
+    @property
+    def state(self) -> State:
+        raise NotImplementedError
+
+    @property
+    def messages(self) -> list[JSON]:
+        """The conversation so far as a request has it: of answers, what was heard."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        """Raises the speech service's `Error`, or `InvalidRequestError` for what it cannot do."""
+        raise NotImplementedError
+
+    async def __aexit__(self, *exc: object) -> None:
+        raise NotImplementedError
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> LiveEvent | LiveAudio:
+        """The next event. The last is `session.closed`, whatever happened."""
+        raise NotImplementedError
+
+    async def send(self, message: bytes | JSON) -> None:
+        """Audio (PCM at `audio_in.sample_rate`, any length), or a message of the client's.
+
+        Waits while audio comes faster than it is spoken. Never raises for what is sent: what is wrong is answered by an
+        `error` event. After the end of the session it does nothing.
+        """
+        raise NotImplementedError
+
+    def close(self, reason: str = "client") -> None:
+        """End it: `session.closed` with this reason is the last event. The first reason counts."""
+        raise NotImplementedError
 
 
 # == Command line ======================================================================================================

@@ -92,6 +92,7 @@ else:
     from .providers import *
 
 if TYPE_CHECKING:
+    import live
     import voice
 else:
 
@@ -1265,6 +1266,24 @@ class Direct:
     ) -> voice.SpeechStream:
         service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
         return await service.stream(request.text, request, words=False)
+
+    def live(
+        self,
+        config: live.LiveConfig,
+        keys: Mapping[str, str] | None = None,
+        *,
+        detectors: live.Detectors,
+        tools: Sequence[ToolLike] = (),
+        timing: live.Timing | None = None,
+        max_duration: float = 7200.0,
+        session_id: str | None = None,
+    ) -> live.LiveSession:
+        """A live session. `tools` with a function are called here; without any, the client is asked by `tool_use`.
+
+        `config.tools` is what the model is told of them. Raises `InvalidRequestError` for what is wrong with the
+        configuration, `AuthenticationError` where there is no key for the model or the speech service.
+        """
+        raise NotImplementedError
 
     async def credential(
         self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
