@@ -2928,7 +2928,7 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-_PRE_ROLL = 3.0  # seconds of speech that a speech service is told anew
+_MISSED = 3.0  # seconds of audio that are kept while there is no speech service to hear them
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
 _GOODBYE = 0.08  # seconds for closing a socket
@@ -3110,7 +3110,7 @@ class _Response:
         self._message, self._tools = Accumulator(), tools
         self._spawn(self._ask(messages, tools))
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """The turn is committed, and the client told so."""
         self._held = False
         pending, self._pending = self._pending, []
@@ -3129,8 +3129,8 @@ class _Response:
             try:
                 async for events in answer:
                     for event in events:
+                        await self._session._told()
                         self._take(event)
-                    await self._session._told()
                 await answer.finish()
             finally:
                 answer.close()
@@ -3303,7 +3303,7 @@ class LiveSession:
         self._odd = b""
         self._resampler = voice.Resampler(config.audio_in.sample_rate, RATE)
         self._microphone = 0  # samples at `RATE` so far
-        self._pre_roll = PreRoll(_PRE_ROLL)
+        self._missed: PreRoll | None = None  # what came while there was no speech service
         self._to_stt: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: `finalize`
 
         self._events: collections.deque[Event] = collections.deque()
@@ -3311,6 +3311,7 @@ class LiveSession:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._responses: dict[str, _Response] = {}
+        self._released: _Response | None = None
         self._playing: _Response | None = None
         self._paused = False
         self._checks: dict[type[Action], asyncio.Task[None]] = {}
@@ -3492,7 +3493,6 @@ class LiveSession:
             if self._deaf():
                 piece = bytes(len(piece))
             self._microphone += len(piece) // 2
-            self._pre_roll.feed(piece)
             self._to_stt.put_nowait(piece)
             for event in await self._detector.feed(piece):
                 if isinstance(event, SpeechStarted):
@@ -3511,7 +3511,9 @@ class LiveSession:
         """To the speech service, in order."""
         while True:
             piece = await self._to_stt.get()
-            if piece is None:
+            if self._missed is not None:
+                self._missed.feed(piece or b"")
+            elif piece is None:
                 await self._stt.finalize()
             else:
                 await self._stt.send(piece)
@@ -3519,19 +3521,28 @@ class LiveSession:
     async def _read(self) -> None:
         """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
         while True:
+            interim = ""
             try:
                 async for event in self._stt:
-                    if isinstance(event, voice.Transcript) and event.text:
-                        self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
-                        self._detector.detector.words()
-                    self._feed(event)
+                    if isinstance(event, voice.Transcript):
+                        interim = "" if event.is_final else event.text
+                    self._hear_words(event)
                 fault: Error = ProviderError("the speech service has ended the stream", code="connection_broken")
             except Error as error:
                 fault = error
+            if interim:  # nobody will say more of it
+                self._hear_words(voice.Transcript(interim, True))
+            self._missed = PreRoll(_MISSED)
             self._feed(STTFailed(fault))
-            await self._open_again(fault)
+            await self._open_again(self._missed, fault)
 
-    async def _open_again(self, fault: Error) -> None:
+    def _hear_words(self, event: STTEvent) -> None:
+        if isinstance(event, voice.Transcript) and event.text:
+            self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
+            self._detector.detector.words()
+        self._feed(event)
+
+    async def _open_again(self, missed: PreRoll, fault: Error) -> None:
         for attempt in itertools.count(1):
             if not fault.retryable:
                 self._tell_error(fault, fatal=True)
@@ -3545,10 +3556,9 @@ class LiveSession:
                 fault = error
                 continue
             break
-        padding = self.config.voice.vad.prefix_padding_ms / 1000
-        await stt.send(self._pre_roll.last(_PRE_ROLL if self._detector.detector.speaking else padding))
-        old, self._stt = self._stt, stt
+        old, self._stt, self._missed = self._stt, stt, None
         self._reopened += 1 + old.reconnects
+        await stt.send(missed.last(_MISSED))
         await old.close()
 
     # -- The turn taker --
@@ -3563,6 +3573,9 @@ class LiveSession:
             while self._events and self.closed is None:
                 for action in self._turns.handle(self._clock(), self._events.popleft()):
                     self._perform(action)
+                if (released := self._released) is not None:
+                    self._released = None
+                    released.release()
         finally:
             self._handling = False
         self._set_timer()
@@ -3600,7 +3613,7 @@ class LiveSession:
                 response = self._responses[action.response_id] = _Response(self, action.response_id, action.held)
                 response.ask(action.messages, True)
             case ReleaseRun():
-                self._spawn(self._responses[action.response_id].release())
+                self._released = self._responses[action.response_id]
             case ContinueRun():
                 self._responses[action.response_id].ask(action.messages, action.tools)
             case CancelRun():
