@@ -39,7 +39,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -3108,7 +3107,7 @@ class _Response:
 
     def ask(self, messages: list[JSON], tools: bool) -> None:
         self._message, self._tools = Accumulator(), tools
-        self._spawn(self._ask(messages, tools))
+        self._spawn(functools.partial(self._ask, messages, tools))
 
     def release(self) -> None:
         """The turn is committed, and the client told so."""
@@ -3171,7 +3170,7 @@ class _Response:
     # -- its tools --
 
     def call(self, action: CallTool, run: CallableTool) -> None:
-        self._calls[action.id] = self._spawn(self._call(action, run))
+        self._calls[action.id] = self._spawn(functools.partial(self._call, action, run))
 
     def cancel_call(self, call_id: str) -> None:
         if task := self._calls.pop(call_id, None):
@@ -3203,7 +3202,7 @@ class _Response:
             self._session._feed(Said(self.id, text))
             if not self._speaks:
                 self._speaks = True
-                self._spawn(self._speak())
+                self._spawn(self._speak)
 
     async def _speak(self) -> None:
         session = self._session
@@ -3237,7 +3236,7 @@ class _Response:
                 await context.say(part)
             await context.end()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         task = self._session._spawn(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3376,7 +3375,7 @@ class LiveSession:
         self._tell({"type": "state", "state": self.state.value})
         self._tell({"type": "vad.listening"})
         self._feed(Tick())
-        for work in (self._listen(), self._write(), self._read(), self._expire()):
+        for work in (self._listen, self._write, self._read, self._expire):
             self._spawn(work)
 
     async def __aexit__(self, *exc: object) -> None:
@@ -3414,16 +3413,16 @@ class LiveSession:
         await asyncio.sleep(self._max_duration)
         self.close("max_duration")
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """What nobody has thought of ends the session, not the program."""
         try:
-            await work
+            await work()
         except Exception as fault:
             logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
             self._tell_error(APIError("internal error"), fatal=True)
@@ -3608,7 +3607,7 @@ class LiveSession:
                 self._ask_fast_model(action)
             case Committed():
                 self._detector.detector.reset()
-                self._spawn(self._warm_up())
+                self._spawn(self._warm_up)
             case StartRun():
                 response = self._responses[action.response_id] = _Response(self, action.response_id, action.held)
                 response.ask(action.messages, True)
@@ -3660,7 +3659,7 @@ class LiveSession:
         if self._check is None:
             self._answer_check(action, None)
         else:
-            self._checks[type(action)] = self._spawn(self._ask_check(self._check, action))
+            self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
 
     async def _ask_check(self, check: Check, action: CheckTurn | CheckInterrupt) -> None:
         answer: bool | None = None
