@@ -65,12 +65,13 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING or not __package__:
+    import live
     import providers
     import vai
     import voice
     from providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 else:
-    from . import providers, vai, voice
+    from . import live, providers, vai, voice
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 if TYPE_CHECKING:
     from pydantic_core import core_schema
@@ -185,6 +186,14 @@ class MetricsSection(_Section):
     require_key: bool = False
 
 
+class LiveSection(_Section):
+    max_sessions: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    idle_timeout: Seconds = 300
+    max_duration: Seconds = 7200
+    detector: Literal["auto", "onnx", "pysilero", "energy"] = "auto"
+    detector_model: Annotated[str, Field(min_length=1)] | None = None
+
+
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] | None = None
@@ -203,6 +212,7 @@ class Config(_Section):
     sse: SSESection = SSESection()
     cors: CORSSection = CORSSection()
     metrics: MetricsSection = MetricsSection()
+    live: LiveSection = LiveSection()
     log: LogSection = LogSection()
 
 
@@ -236,6 +246,7 @@ OPTIONS = (
     Option("cors.allow_credentials", "VAI_CORS_CREDENTIALS"),
     Option("metrics.enabled", "VAI_METRICS"),
     Option("metrics.require_key", "VAI_METRICS_REQUIRE_KEY"),
+    *(Option(f"live.{name}", f"VAI_LIVE_{name.upper()}") for name in LiveSection.model_fields),
     Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
     Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
 )
@@ -2312,6 +2323,16 @@ def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
     )
     _ = engine.speech  # a key or an address that cannot be one stops the start
     return engine
+
+
+def make_detectors(config: LiveSection) -> live.Detectors:
+    """What hears that somebody speaks. Raises `ConfigError` for one that cannot be had."""
+    if config.detector_model and not os.path.isfile(config.detector_model):
+        raise ConfigError("live.detector_model: no such file")
+    try:
+        return live.Detectors(config.detector, config.detector_model)
+    except live.DetectorError as fault:
+        raise ConfigError(f"live.detector: {fault}") from None
 
 
 async def _expect_nothing(request: web.Request) -> None:

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "vai": ({"providers"}, {"voice"}),
     "voice": ({"providers"}, set()),
     "live": ({"providers", "voice"}, set()),
-    "server": ({"providers", "vai", "voice"}, {"sandbox"}),
+    "server": ({"live", "providers", "vai", "voice"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
 PYDANTIC = r"pydantic(_core)?|annotated_types|typing_\w+"
