@@ -1639,8 +1639,10 @@ PAIRS = [
     (vai.AsyncClient, vai.Client),
     (vai.AsyncMessages, vai.SyncMessages),
     (vai.AsyncModels, vai.SyncModels),
+    (vai.AsyncAudio, vai.SyncAudio),
     (vai.AsyncMessageStream, vai.MessageStream),
     (vai.AsyncRun, vai.Run),
+    (vai.AsyncSpeechStream, vai.SpeechStream),
     (vai.AsyncConversation, vai.Conversation),
 ]
 
@@ -1649,7 +1651,9 @@ PAIRS = [
 def test_both_kinds_have_the_same_methods(one: Any, other: Any) -> None:
     """The same names, parameters, defaults, types and docstrings; only `await` differs."""
     names = {name for name in {**vars(one), **vars(vai._Chat)} if hasattr(one, name) and not name.startswith("_")}
-    instance = {"result"} if one is vai.AsyncRun else {"messages", "models"} if one is vai.AsyncClient else set()
+    instance = (
+        {"result"} if one is vai.AsyncRun else {"messages", "models", "audio"} if one is vai.AsyncClient else set()
+    )
     assert names | instance == {name for name in dir(other) if not name.startswith("_")}
     for name in names:
         methods = getattr(one, name), getattr(other, name)

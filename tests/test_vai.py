@@ -988,7 +988,7 @@ def test_one_client_on_several_loops(world: World, caplog: pytest.LogCaptureFixt
     for last in (False, False, True):
         asyncio.run(ask(last))
     gc.collect()
-    assert not client._engine.transport._sessions  # type: ignore[attr-defined]
+    assert not client._engine.transport._lines  # type: ignore[attr-defined]
     assert not [record for record in caplog.records if "nclosed" in record.message]
     idle.close()
 
