@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "providers": (set(), set()),
     "sandbox": (set(), set()),
-    "vai": ({"providers"}, {"voice"}),
+    "vai": ({"providers"}, {"live", "voice"}),
     "voice": ({"providers"}, set()),
     "live": ({"providers", "voice"}, set()),
     "server": ({"live", "providers", "vai", "voice"}, {"sandbox"}),
