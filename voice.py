@@ -2423,6 +2423,7 @@ class STTSession:
         self._covered = 0  # of them by final transcripts
         self._odd = b""
         self._failures = 0
+        self.reconnects = 0
         self._last = ""  # final transcript
         self._before = ""  # the last one of an older connection, until the first one of this
         self._turn: str | None = None  # the transcript of the open turn
@@ -2591,6 +2592,7 @@ class STTSession:
                 except Error as fault:
                     if self._failures >= ATTEMPTS or not fault.retryable:
                         raise
+        self.reconnects += 1
         self._before = self._last
         if self._turn is not None:
             self._reopened = True
@@ -2634,6 +2636,7 @@ class TTSSession:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._socket: Socket | None = None
+        self.reconnects = 0
         self._used = 0.0
         self._contexts: dict[str, TTSContext] = {}
         self._reading = asyncio.Lock()
@@ -2679,6 +2682,7 @@ class TTSSession:
     async def _lose(self, socket: Socket) -> None:
         if self._socket is socket:
             self._socket = None
+            self.reconnects += 1
         await socket.close()
 
     async def _send(self, context: TTSContext, frames: list[str]) -> None:
