@@ -1173,7 +1173,10 @@ DIRECTIONS = {
 TURN_LATENCIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 30)
 TURN_STAGES = ("stt_final", "decision", "first_token", "first_audio")
 DISMISSALS = ("no_speech", "echo", "backchannel", "not_meant", "unclear")
-CLOSINGS = ("client", "disconnected", "idle_timeout", "max_duration", "draining", "error")
+CLOSING = {  # why a live session ended → the close code of its WebSocket (RFC 6455, 7.4.1)
+    **dict.fromkeys(("client", "disconnected", "idle_timeout", "max_duration"), 1000),
+    **{"draining": 1001, "audio_too_fast": 1008, "slow_client": 1008, "refused": 1008, "error": 1011},
+}
 FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -1334,7 +1337,7 @@ class PrometheusMetrics(Metrics):
         self._lags.observe(seconds)
 
     def session(self, tally: LiveTally) -> None:
-        self._sessions[tally.closed if tally.closed in CLOSINGS else OTHER,].inc()
+        self._sessions[tally.closed if tally.closed in CLOSING else OTHER,].inc()
 
     def live_audio(self, direction: Literal["in", "out"], seconds: float) -> None:
         self._audio[direction,].inc(seconds)
@@ -1766,9 +1769,9 @@ class Listener(web.Server):
 
 CONFIGURE = 10.0  # seconds for the first message
 GOODBYE = 2.0  # seconds for a client to answer a close
+LEAVING = dict.fromkeys((1000, 1001, 1005), "client") | dict.fromkeys((1002, 1003, 1007, 1009), "refused")
 MESSAGE_BYTES = 256 << 10
 SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; as many are in the process
-POLICY, INTERNAL, AWAY = 1008, 1011, 1001  # close codes (RFC 6455, 7.4.1)
 TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
 
 
@@ -1833,25 +1836,23 @@ class LiveSocket:
         self._exchange.status = 101
         if link := self._request.transport:
             link.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        code = 1000
         try:
             message = await self._first()
             if message is not None:
                 async with await self._open(message) as self._session:
                     await self._talk(self._session)
-                code = AWAY if self._tally.closed == "draining" else 1000
         except ConnectionError:  # the client is gone
             pass
         except asyncio.CancelledError:
             if not self._gateway.expired:
                 raise
-            code = await self._fail(self._gateway.outlived())
+            await self._fail(self._gateway.outlived())
         except Exception as raised:
             one = raised.exceptions[0] if isinstance(raised, ExceptionGroup) else raised
-            code = await self._fail(error_of(one, self._request.path))
+            await self._fail(error_of(one, self._request.path))
         finally:
             self._settle()
-        await self._close(code)
+        await self._close(CLOSING.get(self._tally.closed, 1011))
         return self._socket
 
     def end(self) -> None:
@@ -1936,6 +1937,8 @@ class LiveSocket:
             if fault:
                 await self._say({**fault.to_wire(self._exchange.id), "fatal": False})
             elif message is None:
+                left = self._socket.close_code
+                self._tally.closed = LEAVING.get(left, "disconnected") if left is not None else "disconnected"
                 return
             else:
                 await session.send(message)
@@ -1960,20 +1963,22 @@ class LiveSocket:
                     continue
             else:
                 self._count(event)
+                if event.type == "error":
+                    event.data["request_id"] = event["error"]["request_id"] = self._exchange.id
             await self._say(event.to_wire())
 
     async def _say(self, message: JSON) -> None:
         await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
 
-    async def _fail(self, fault: Error) -> int:
-        """Tell the client why this is the end; the code to close with."""
-        self._exchange.error, self._tally.closed = fault, "draining" if fault.code == "draining" else "error"
+    async def _fail(self, fault: Error) -> None:
+        """Tell the client why this is the end."""
+        self._exchange.error = fault
+        self._tally.closed = "draining" if fault.code == "draining" else "refused" if fault.status < 500 else "error"
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(GOODBYE):
                 await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
                 if self._session:
                     await self._say({"type": "session.closed", "reason": self._tally.closed})
-        return AWAY if fault.code == "draining" else POLICY if fault.status < 500 else INTERNAL
 
     async def _close(self, code: int) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
@@ -2340,7 +2345,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "malformed_body" or fault.status in (408, 413):
+        if fault.code in ("malformed_body", "websocket") or fault.status in (408, 413):
             response.force_close()
         return response
 
