@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "sandbox": (set(), set()),
     "vai": ({"providers"}, {"live", "voice"}),
     "voice": ({"providers"}, set()),
-    "live": ({"providers", "voice"}, set()),
+    "live": ({"providers", "voice"}, {"vai"}),
     "server": ({"live", "providers", "vai", "voice"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
