@@ -36,7 +36,6 @@ import signal
 import struct
 import sys
 import threading
-import time
 import unicodedata
 from collections.abc import (
     AsyncIterator,
@@ -2918,8 +2917,8 @@ def _ran(prior: Iterable[tuple[str, list[JSON]]]) -> Iterator[tuple[tuple[str, s
 
 
 # == Session ===========================================================================================================
-# The I/O around the turn taker: one conversation. It knows neither providers nor sockets of clients; `vai.Direct.live`
-# makes one from a configuration, for `AsyncClient.live` and for the gateway alike.
+# The I/O around the turn taker: one conversation. It knows neither providers nor sockets of clients;
+# `vai.Direct.live_session` makes one from a configuration, for `AsyncClient.live` and for the gateway alike.
 #
 #     send ─► listening: detector, speech to text ─┐                        ┌─► _Response: model, tools, speech ─┐
 #                  messages of the client ─────────┴─► TurnTaker ─► perform ┴─► LiveEvent ─┐                     │
@@ -3115,8 +3114,8 @@ class _Response:
         self._message, self._tools = Accumulator(), tools
         self._spawn(self._ask(messages, tools))
 
-    def release(self) -> None:
-        """The turn is committed."""
+    async def release(self) -> None:
+        """The turn is committed, and the client told so."""
         self._held = False
         pending, self._pending = self._pending, []
         for event in pending:
@@ -3283,7 +3282,7 @@ class LiveSession:
         check: Check | None = None,
         tools: Mapping[str, CallableTool] | None = None,
         side_effects: Collection[str] = (),
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         timing: Timing = Timing(),
         max_duration: float = 7200.0,
         session_id: str | None = None,
@@ -3293,7 +3292,8 @@ class LiveSession:
         self.closed: str | None = None  # why it ended: the reason of `session.closed`
         self._reply, self._hear, self._speak, self._detect, self._check = reply, hear, speak, detect, check
         self._tools, self._side_effects = tools or {}, side_effects
-        self._clock, self._timing, self._max_duration = clock, timing, max_duration
+        self._clock = clock or asyncio.get_running_loop().time
+        self._timing, self._max_duration = timing, max_duration
         settings = config.voice
         self._rate = config.audio_out.sample_rate
         self._output = settings.output.model_copy(update={"sample_rate": self._rate, "format": "pcm"})
@@ -3601,7 +3601,7 @@ class LiveSession:
                 response = self._responses[action.response_id] = _Response(self, action.response_id, action.held)
                 response.ask(action.messages, True)
             case ReleaseRun():
-                self._responses[action.response_id].release()
+                self._spawn(self._responses[action.response_id].release())
             case ContinueRun():
                 self._responses[action.response_id].ask(action.messages, action.tools)
             case CancelRun():
@@ -3959,6 +3959,10 @@ class _SoundFile:
         if self._task:
             self._task.cancel()
 
+    def save(self, name: str) -> None:
+        """What was heard of the answers, with the silence between them."""
+        Path(name).write_bytes(voice.wav(bytes(self.spoken), self.output_rate))
+
 
 class _Screen:
     """The conversation line by line on standard output; on a terminal also a line that moves, on standard error."""
@@ -4144,7 +4148,7 @@ async def _converse(options: argparse.Namespace) -> bool:
             talk = _Talk(session, sound, _Screen(options.model))
             await talk.run()
     if options.output and isinstance(sound, _SoundFile):
-        Path(options.output).write_bytes(voice.wav(bytes(sound.spoken), output_rate))
+        sound.save(options.output)
     return not talk.failed
 
 

@@ -2201,17 +2201,21 @@ class Socket:
 
     async def receive(self, patience: float | None = None) -> str:
         """The next text frame; waits `patience` seconds, without it for good. Raises `TimeoutError`."""
+        while True:
+            if isinstance(frame := await self.receive_any(patience), str):
+                return frame
+
+    async def receive_any(self, patience: float | None = None) -> str | bytes:
+        """The next frame, text or binary."""
         import aiohttp
 
-        while True:
-            async with asyncio.timeout(patience):
-                message = await self._raw.receive()
-            if message.type == aiohttp.WSMsgType.TEXT:
-                text: str = message.data
-                return text
-            if message.type != aiohttp.WSMsgType.BINARY:
-                code = self._raw.close_code
-                raise self._broken("connection_broken" if code in _RECONNECTABLE else "connection_refused", code)
+        async with asyncio.timeout(patience):
+            message = await self._raw.receive()
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            data: str | bytes = message.data
+            return data
+        code = self._raw.close_code
+        raise self._broken("connection_broken" if code in _RECONNECTABLE else "connection_refused", code)
 
     def _broken(self, code: str, close_code: int | None = None) -> Error:
         detail = f" ({close_code})" if close_code and close_code != 1006 else ""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "providers": (set(), set()),
     "sandbox": (set(), set()),
-    "vai": ({"providers"}, {"live", "voice"}),
+    "vai": ({"providers"}, {"voice", "live"}),
     "voice": ({"providers"}, set()),
     "live": ({"providers", "voice"}, {"vai"}),
     "server": ({"live", "providers", "vai", "voice"}, {"sandbox"}),
