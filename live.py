@@ -4140,11 +4140,11 @@ async def _converse(options: argparse.Namespace) -> bool:
         speech = {name: {"language": options.language} for name in speech}
     if options.voice:
         speech["output"]["voice"] = options.voice
-    fields: JSON = {"system": options.system} if options.system else {}
+    fields: dict[str, Any] = {"system": options.system} if options.system else {}
+    fields |= {"audio_in": {"sample_rate": sound.sample_rate}, "audio_out": {"sample_rate": output_rate}}
     base_url, api_key = os.environ.get("VAI_BASE_URL") or None, os.environ.get("VAI_API_KEY") or None
     async with vai.AsyncClient(base_url=base_url, api_key=api_key) as client:
-        rates = {"audio_in": {"sample_rate": sound.sample_rate}, "audio_out": {"sample_rate": output_rate}}
-        async with client.live(model=options.model, voice=speech, **rates, **fields) as session:
+        async with client.live(model=options.model, voice=speech, **fields) as session:
             talk = _Talk(session, sound, _Screen(options.model))
             await talk.run()
     if options.output and isinstance(sound, _SoundFile):

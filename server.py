@@ -1892,7 +1892,7 @@ class LiveSocket:
             for model in (spoken.vad.model, spoken.interrupt.model):
                 if model != "auto":
                     caller.check_model(model)
-        return gateway.engine.live(
+        return gateway.engine.live_session(
             config,
             provider_keys(self._request, caller, PROVIDERS[asked.provider].byok, config.provider_keys),
             detectors=await gateway.hearing(),
