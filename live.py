@@ -2143,6 +2143,7 @@ class TurnTaker:
         self._out, self._now = [], now
         if self._contact is None:
             self._contact = now
+            self._evaluate()
         if isinstance(event, AudioReceived):  # fifty times a second
             self._audio_at = self._contact = now
             event = Tick()

@@ -1848,8 +1848,7 @@ class LiveSocket:
                 raise
             await self._fail(self._gateway.outlived())
         except Exception as raised:
-            one = raised.exceptions[0] if isinstance(raised, ExceptionGroup) else raised
-            await self._fail(error_of(one, self._request.path))
+            await self._fail(error_of(raised, self._request.path))
         finally:
             self._settle()
         await self._close(CLOSING.get(self._tally.closed, 1011))
@@ -1881,13 +1880,16 @@ class LiveSocket:
         gateway, caller = self._gateway, self._caller
         config = live.read_config(message.get("config"))
         gateway.check_counts({"messages": config.messages, "tools": config.tools})
-        asked = gateway.engine.parse({"model": config.model, "messages": [{"role": "user", "content": "."}]})
+        try:
+            asked = gateway.engine.parse({"model": config.model, "messages": [{"role": "user", "content": "."}]})
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param="config.model", code=fault.code) from None
         self._exchange.provider, self._exchange.model = asked.provider, asked.model_name
         if caller.models is not None:
             for route in (asked, *asked.fallbacks):
                 caller.check_model(config.model, f"{route.provider}/{route.model_name}")
             spoken = config.voice
-            for model in (voice.model_of(spoken.input), voice.model_of(spoken.output)):
+            for model in (voice.listener_of(spoken.input), voice.model_of(spoken.output)):
                 caller.check_model(model)
             for model in (spoken.vad.model, spoken.interrupt.model):
                 if model != "auto":
@@ -1902,10 +1904,13 @@ class LiveSocket:
         )
 
     async def _talk(self, session: live.LiveSession) -> None:
-        async with asyncio.TaskGroup() as group:
-            reading, writing = group.create_task(self._read(session)), group.create_task(self._write(session))
-            reading.add_done_callback(lambda _: writing.cancel())
-            writing.add_done_callback(lambda _: reading.cancel())
+        try:
+            async with asyncio.TaskGroup() as group:
+                reading, writing = group.create_task(self._read(session)), group.create_task(self._write(session))
+                reading.add_done_callback(lambda _: writing.cancel())
+                writing.add_done_callback(lambda _: reading.cancel())
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
 
     # -- from the client --
 
