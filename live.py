@@ -4159,7 +4159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         good = asyncio.run(_converse(options))
     except (_SoundError, Error, OSError) as fault:
-        print(f"vai: {' '.join(str(fault).split())}", file=sys.stderr)
+        whose = f"{fault.provider}: " if isinstance(fault, Error) and fault.provider else ""
+        print(f"vai: {whose}{' '.join(str(fault).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
