@@ -3303,7 +3303,7 @@ class LiveSession:
         self._reopened = 0
 
         self._in: collections.deque[bytes | JSON] = collections.deque()
-        self._arrived, self._space = asyncio.Event(), asyncio.Event()
+        self._arrived, self._space, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._pace = Pace(0.0)
         self._odd = b""
         self._resampler = voice.Resampler(config.audio_in.sample_rate, RATE)
@@ -3406,6 +3406,7 @@ class LiveSession:
         for task in self._tasks:
             task.cancel()
         self._space.set()
+        self._ended.set()
 
     async def _hang_up(self) -> None:
         """Says goodbye to the speech service; what takes longer is cut off."""
@@ -3457,7 +3458,9 @@ class LiveSession:
         self._in.append(message)
         self._arrived.set()
         if wait:
-            await asyncio.sleep(wait)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._ended.wait()
 
     async def _listen(self) -> None:
         """What was sent, in its order."""
