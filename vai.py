@@ -34,6 +34,7 @@ import json
 import mimetypes
 import operator
 import os
+import queue
 import random
 import re
 import secrets
@@ -3317,24 +3318,29 @@ class _Portal:
         """Run to the end on the loop's thread; Ctrl-C here cancels it there, and gives it a second to tidy up."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("a Client cannot wait for itself: an async tool that asks a model uses an AsyncClient")
-        ended = threading.Event()
+        # Queues, since Ctrl-C may come at any line: in the middle of a `threading.Condition` it breaks its lock.
+        done: queue.SimpleQueue[object] = queue.SimpleQueue()
+        tidied: queue.SimpleQueue[None] = queue.SimpleQueue()
 
         async def work() -> T:
             try:
                 return await function(*args, **kwargs)
             finally:
-                ended.set()
+                tidied.put(None)
 
         future = self._submit(work)
+        future.add_done_callback(done.put)
         if calls := _CALLS.get():
             calls.add(future)
         try:
+            done.get()
             return _outcome(future)
         except concurrent.futures.CancelledError:
             raise RuntimeError("the client was closed" if self.stopped else "the call was cancelled") from None
         except BaseException:
             if future.cancel():
-                ended.wait(1)
+                with contextlib.suppress(queue.Empty):
+                    tidied.get(timeout=1)
             raise
 
     def soon(self, function: Callable[..., T], *args: Any) -> T:
