@@ -30,11 +30,11 @@ import statistics
 import struct
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp import web
@@ -173,85 +173,130 @@ async def gateway(upstream: str, detector: str) -> AsyncIterator[Gateway]:
 # == The clients =======================================================================================================
 
 
-class Client:
-    """One conversation."""
+def framed(opcode: int, payload: bytes) -> bytes:
+    """A client's frame (RFC 6455, 5.2), masked with zeros."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + struct.pack("!H", size)
+    return bytes([0x80 | opcode]) + length + bytes(4) + payload
+
+
+LOUD_FRAME, QUIET_FRAME = framed(2, TONE), framed(2, QUIET)
+
+
+class Client(asyncio.Protocol):
+    """One conversation, on a bare connection: what the load generator takes is missing elsewhere."""
 
     def __init__(self, number: int, measured: Measured, spoken: dict[str, float]) -> None:
         self._key = f"key-{number}"
         self._number = number
         self._measured = measured
         self._spoken = spoken
+        self._link: asyncio.Transport | None = None
+        self._data = bytearray()
+        self._upgraded = False
+        self._frames = 0  # that were sent
+        self._pause = 75 + number % 50  # frames of silence before it speaks first: not all of them at once
+        self._until = -1  # frame with which its speech ends
+        self._free = True  # to speak
         self._ended = 0.0  # when its speech had been sent
         self._asked_to_stop = 0.0
         self._due = 0.0  # when the next piece of audio is to be heard
         self._turn = number
-        self._free = asyncio.Event()
-        self._link: aiohttp.ClientWebSocketResponse | None = None
+        self.created: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def open(self, http: aiohttp.ClientSession, url: str) -> None:
-        headers = {"X-Provider-Key-Cartesia": self._key}
-        self._link = await http.ws_connect(f"{url}/v1/messages/live", headers=headers, max_msg_size=0)
-        await self._link.send_json({"type": "session.configure", "config": CONFIG})
-        assert json.loads((await self._link.receive()).data)["type"] == "session.created"
+    async def open(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        await asyncio.get_running_loop().create_connection(lambda: self, host, int(port))
+        await self.created
 
-    async def run(self, seconds: float) -> None:
+    def close(self) -> None:
+        if self._link:
+            self._link.write(framed(8, struct.pack("!H", 1000)))
+
+    def tick(self) -> None:
+        """A frame's time has passed: the microphone's next one, speech when it is its turn, else silence."""
         assert self._link
-        reading = asyncio.create_task(self._read(self._link))
-        try:
-            await self._talk(self._link, seconds)
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-            await self._link.close()
+        if self._frames == self._until:
+            self._ended = perf_counter()
+        if self._free and self._frames >= self._pause:
+            self._free, self._until = False, self._frames + round(SPOKEN / FRAME)
+        self._link.write(LOUD_FRAME if self._frames < self._until else QUIET_FRAME)
+        self._frames += 1
 
-    async def _talk(self, link: aiohttp.ClientWebSocketResponse, seconds: float) -> None:
-        """The microphone: speech when it is its turn, else silence, in real time."""
-        await asyncio.sleep(self._number % 50 / 50)  # not all of them at once
-        began, count, until = perf_counter(), 0, 0
-        pause = round(1.5 / FRAME)  # frames of silence before it speaks first
-        while (now := perf_counter()) < began + seconds:
-            if count == until and until:
-                self._ended = now
-            if count >= pause and count >= until and self._free.is_set():
-                self._free.clear()
-                until = count + round(SPOKEN / FRAME)
-            await link.send_bytes(TONE if count < until else QUIET)
-            count += 1
-            await asyncio.sleep(max(0.0, began + count * FRAME - perf_counter()))
+    # -- asyncio.Protocol --
 
-    async def _read(self, link: aiohttp.ClientWebSocketResponse) -> None:
-        measured, interrupting = self._measured, None
-        self._free.set()
-        async for message in link:
-            now = perf_counter()
-            if message.type is aiohttp.WSMsgType.BINARY:
-                if not self._due:
-                    measured.audio.append(1000 * (now - self._spoken[f"Bearer {self._key}"]))
-                    self._due = now
-                measured.late.append(1000 * (now - self._due))
-                self._due = max(self._due, now) + len(message.data) / (2 * RATE)
-                continue
-            event: dict[str, Any] = json.loads(message.data)
-            match event["type"]:
-                case "input.committed":
-                    measured.commit.append(1000 * (now - self._ended - SILENCE))
-                case "audio.start":
-                    self._due, self._turn = 0.0, self._turn + 1
-                    if self._turn % 2:
-                        interrupting = asyncio.create_task(self._interrupt(link))
-                case "audio.flush":
-                    measured.flush.append(1000 * (now - self._asked_to_stop))
-                case "turn.metrics":
-                    self._free.set()
-                case "error":
-                    raise SystemExit(f"a session went wrong: {event}")
-        if interrupting:
-            interrupting.cancel()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._link = cast(asyncio.Transport, transport)
+        lines = ("GET /v1/messages/live HTTP/1.1", "Host: 127.0.0.1", "Upgrade: websocket", "Connection: Upgrade")
+        more = ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+        head = "\r\n".join([*lines, *more, f"X-Provider-Key-Cartesia: {self._key}", "", ""])
+        configure = json.dumps({"type": "session.configure", "config": CONFIG}).encode()
+        self._link.write(head.encode() + framed(1, configure))
 
-    async def _interrupt(self, link: aiohttp.ClientWebSocketResponse) -> None:
-        await asyncio.sleep(INTERRUPT)
-        self._asked_to_stop = perf_counter()
-        await link.send_json({"type": "input.interrupt"})
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if not self._upgraded:
+            head, end, rest = self._data.partition(b"\r\n\r\n")
+            if not end:
+                return
+            assert head.startswith(b"HTTP/1.1 101 "), head
+            self._upgraded, self._data = True, rest
+        while len(self._data) >= 2:
+            size, start = self._data[1], 2
+            if size > 125:
+                start = 4 if size == 126 else 10
+                size = int.from_bytes(self._data[2:start])
+            if len(self._data) < start + size:
+                return
+            opcode, payload = self._data[0] & 15, bytes(self._data[start : start + size])
+            del self._data[: start + size]
+            if opcode == 2:
+                self._hear(len(payload))
+            elif opcode == 1:
+                self._take(json.loads(payload))
+            elif opcode == 9 and self._link:
+                self._link.write(framed(10, payload))
+
+    def _hear(self, size: int) -> None:
+        now, measured = perf_counter(), self._measured
+        if not self._due:
+            measured.audio.append(1000 * (now - self._spoken[f"Bearer {self._key}"]))
+            self._due = now
+        measured.late.append(1000 * (now - self._due))
+        self._due = max(self._due, now) + size / (2 * RATE)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        now, measured = perf_counter(), self._measured
+        match event["type"]:
+            case "session.created":
+                self.created.set_result(None)
+            case "input.committed":
+                measured.commit.append(1000 * (now - self._ended - SILENCE))
+            case "audio.start":
+                self._due, self._turn = 0.0, self._turn + 1
+                if self._turn % 2:
+                    asyncio.get_running_loop().call_later(INTERRUPT, self._interrupt)
+            case "audio.flush":
+                measured.flush.append(1000 * (now - self._asked_to_stop))
+            case "turn.metrics":
+                self._free = True
+            case "error":
+                print(f"a session went wrong: {event}", file=sys.stderr)
+
+    def _interrupt(self) -> None:
+        if self._link and not self._link.is_closing():
+            self._asked_to_stop = perf_counter()
+            self._link.write(framed(1, b'{"type":"input.interrupt"}'))
+
+
+async def talk(clients: Sequence[Client], seconds: float) -> None:
+    """All microphones, in real time; their frames are spread over the time of one."""
+    shares = [clients[at::10] for at in range(10)]
+    began = perf_counter()
+    for number in range(round(seconds / FRAME * 10)):
+        await asyncio.sleep(max(0.0, began + number * FRAME / 10 - perf_counter()))
+        for client in shares[number % 10]:
+            client.tick()
 
 
 def spread(values: list[float]) -> str:
@@ -267,21 +312,22 @@ def percentile(values: list[float], part: float = 0.99) -> float:
 async def measure(count: int, seconds: float, detector: str, upstream: str, spoken: dict[str, float]) -> Measured:
     """Prints a row."""
     measured = Measured()
-    connector = aiohttp.TCPConnector(limit=0)
-    async with gateway(upstream, detector) as served, aiohttp.ClientSession(connector=connector) as http:
+    async with gateway(upstream, detector) as served:
         first = Client(-1, Measured(), spoken)  # what is made once is not a session's
-        await first.open(http, served.url)
-        await first.run(6)
+        await first.open(served.url)
+        await talk([first], 6)
+        first.close()
         before = served.rss
         clients = [Client(number, measured, spoken) for number in range(count)]
         for at in range(0, count, 20):
-            await asyncio.gather(*(client.open(http, served.url) for client in clients[at : at + 20]))
+            await asyncio.gather(*(client.open(served.url) for client in clients[at : at + 20]))
         cpu, began = served.cpu, perf_counter()
-        talking = asyncio.gather(*(client.run(seconds) for client in clients))
-        await asyncio.sleep(seconds * 0.8)
-        weight = (served.rss - before) / count
-        await talking
+        await talk(clients, seconds)
         busy = (served.cpu - cpu) / (perf_counter() - began)
+        weight = (served.rss - before) / count
+        for client in clients:
+            client.close()
+        await asyncio.sleep(1)
     late = [max(0.0, value) for value in measured.late]
     columns = [spread(each) for each in (measured.commit, measured.audio, measured.flush)]
     worst = f"{percentile(late):7.1f} {max(late, default=0.0):7.1f}"
