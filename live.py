@@ -3422,6 +3422,7 @@ class LiveSession:
         task = asyncio.create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # where it was cancelled before it began
         return task
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
@@ -3472,8 +3473,12 @@ class LiveSession:
             self._space.set()
             if isinstance(message, dict):
                 self._take_message(message)
-            else:
-                await self._take_audio(message)
+                continue
+            frames = [message]
+            while self._in and not isinstance(frame := self._in[0], dict):  # what has piled up is one piece of audio
+                frames.append(frame)
+                self._in.popleft()
+            await self._take_audio(b"".join(frames))
 
     def _take_message(self, message: JSON) -> None:
         if message.get("type") == "session.close":
@@ -3515,11 +3520,16 @@ class LiveSession:
     async def _write(self) -> None:
         """To the speech service, in order."""
         while True:
-            piece = await self._to_stt.get()
+            piece, pieces = await self._to_stt.get(), []
+            while piece is not None:
+                pieces.append(piece)
+                if self._to_stt.empty():
+                    break
+                piece = self._to_stt.get_nowait()
+            if pieces:
+                await self._stt.send(b"".join(pieces))
             if piece is None:
                 await self._stt.finalize()
-            else:
-                await self._stt.send(piece)
 
     async def _read(self) -> None:
         """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
