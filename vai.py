@@ -131,6 +131,7 @@ __all__ = [
     *providers.__all__,
     "AsyncClient",
     "AsyncConversation",
+    "AsyncLive",
     "AsyncMessageStream",
     "AsyncRun",
     "AsyncSpeechStream",
@@ -800,11 +801,11 @@ class Engine(Protocol):
     async def open_speech(self, request: Any, keys: Mapping[str, str] | None = None) -> Audible: ...
 
     # Live voice: `config` is that of `session.configure`; of the tools, those that are functions.
-    async def open_live(self, config: JSON, tools: Sequence[Tool[..., Any]] = ()) -> Live: ...
+    async def open_live(self, config: JSON, tools: Sequence[Tool[..., Any]] = ()) -> AsyncLive: ...
 
 
-class Live(Protocol):
-    """A live conversation, in process or through a gateway. See `live.LiveSession`."""
+class AsyncLive(Protocol):
+    """A live conversation, in process or through a gateway. `closed` says why it ended. See `live.LiveSession`."""
 
     closed: str | None
 
@@ -2096,7 +2097,7 @@ class AsyncClient:
         return chat
 
     @contextlib.asynccontextmanager
-    async def live(self, *, model: str, **fields: Unpack[LiveFields]) -> AsyncIterator[Live]:
+    async def live(self, *, model: str, **fields: Unpack[LiveFields]) -> AsyncIterator[AsyncLive]:
         """A conversation by voice: audio and messages in by `send`, events out by iterating.
 
             async with client.live(model="openai/gpt-5", voice="VOICE-ID", tools=[get_weather]) as session:
@@ -3533,6 +3534,38 @@ class SpeechStream(_Blocking[bytes]):
         return self._async.duration
 
 
+class Live:
+    """`AsyncLive` without `await`: one thread iterates, others send."""
+
+    def __init__(self, portal: _Portal, session: AsyncLive) -> None:
+        self._portal = portal
+        self._async = session
+
+    @property
+    def closed(self) -> str | None:
+        return self._async.closed
+
+    def __iter__(self) -> Iterator[live.LiveEvent | live.LiveAudio]:
+        return self
+
+    def __next__(self) -> live.LiveEvent | live.LiveAudio:
+        if (event := self._portal.call(self._next)) is None:
+            raise StopIteration
+        return event
+
+    async def _next(self) -> live.LiveEvent | live.LiveAudio | None:
+        try:
+            return await anext(self._async)
+        except StopAsyncIteration:
+            return None
+
+    def send(self, message: bytes | JSON) -> None:
+        self._portal.call(self._async.send, message)
+
+    def close(self, reason: str = "client") -> None:
+        self._portal.soon(self._async.close, reason)
+
+
 class SyncMessages:
     """`client.messages`."""
 
@@ -3693,6 +3726,27 @@ class Client:
         chat = Conversation(self, model, messages, fields)
         chat.usage = usage
         return chat
+
+    @contextlib.contextmanager
+    def live(self, *, model: str, **fields: Unpack[LiveFields]) -> Iterator[Live]:
+        """A conversation by voice: audio and messages in by `send`, events out by iterating.
+
+            with client.live(model="openai/gpt-5", voice="VOICE-ID", tools=[get_weather]) as session:
+                ...                                     # session.send(pcm), on a thread of its own
+                for event in session:
+                    if event.type == "audio_delta":     # event.data is PCM, s16le mono, 24 kHz
+                        ...
+
+        Needs live.py and voice.py. Raises the `Error` of what cannot be had. Functions with `@tool` are called here;
+        for other tools a `tool_use` event comes, which a `tool_result` message answers.
+        """
+        opened = self._async.live(model=model, **fields)
+        session = self._portal.call(opened.__aenter__)
+        try:
+            yield Live(self._portal, session)
+        finally:
+            if not self._portal.stopped:  # by which it was closed
+                self._portal.call(opened.__aexit__, None, None, None)
 
     def __enter__(self) -> Client:
         return self
