@@ -27,7 +27,8 @@ FLAGS = (
 async def test_a_page_talks(serve: Serve, sandbox: Sandbox, tmp_path: Path) -> None:
     """It opens the microphone and a socket, is heard, hears the answer, and says how much of it was played."""
     assert BROWSER
-    (tmp_path / "said.wav").write_bytes(voice.wav(bytes(48_000) + played.speech("one two three four five six seven", 48_000), 48_000))
+    sound = bytes(48_000) + played.speech("one two three four five six seven", 48_000)
+    (tmp_path / "said.wav").write_bytes(voice.wav(sound, 48_000))
     sandbox.transcripts.append("[say Hello, you there.]")  # a browser's filters leave nothing of the hidden words
     told: asyncio.Future[JSON] = asyncio.get_running_loop().create_future()
 
