@@ -16,11 +16,13 @@ Contents (`grep -n '^# == '` lists the sections):
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -33,6 +35,7 @@ import secrets
 import signal
 import struct
 import sys
+import threading
 import unicodedata
 from collections.abc import (
     AsyncIterator,
@@ -47,6 +50,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeAlias, cast
 
 from pydantic import BeforeValidator, Field
@@ -2138,6 +2142,7 @@ class TurnTaker:
         self._out, self._now = [], now
         if self._contact is None:
             self._contact = now
+            self._evaluate()
         if isinstance(event, AudioReceived):  # fifty times a second
             self._audio_at = self._contact = now
             event = Tick()
@@ -3467,8 +3472,12 @@ class LiveSession:
             self._space.set()
             if isinstance(message, dict):
                 self._take_message(message)
-            else:
-                await self._take_audio(message)
+                continue
+            frames = [message]
+            while self._in and not isinstance(frame := self._in[0], dict):  # what has piled up is one piece of audio
+                frames.append(frame)
+                self._in.popleft()
+            await self._take_audio(b"".join(frames))
 
     def _take_message(self, message: JSON) -> None:
         if message.get("type") == "session.close":
@@ -3509,13 +3518,19 @@ class LiveSession:
     async def _write(self) -> None:
         """To the speech service, in order."""
         while True:
-            piece = await self._to_stt.get()
+            piece, pieces = await self._to_stt.get(), []
+            while piece is not None:
+                pieces.append(piece)
+                if self._to_stt.empty():
+                    break
+                piece = self._to_stt.get_nowait()
             if self._missed is not None:
-                self._missed.feed(piece or b"")
-            elif piece is None:
+                self._missed.feed(b"".join(pieces))
+                continue
+            if pieces:
+                await self._stt.send(b"".join(pieces))
+            if piece is None:
                 await self._stt.finalize()
-            else:
-                await self._stt.send(piece)
 
     async def _read(self) -> None:
         """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
@@ -3820,3 +3835,362 @@ def _yes_or_no(text: str) -> bool | None:
 
 
 # == Command line ======================================================================================================
+# `python live.py -m MODEL`: microphone and loudspeaker around a session, and what is said on the terminal.
+
+_BLOCK = 0.02  # seconds of audio that go in or out at once
+_REPORT = 0.25  # seconds between two `playback` messages
+_QUIET = 2.0  # seconds after the end of a file in which its last words may still become a turn
+_DEAF = 10.0  # seconds after the end of a file in which nothing at all was understood
+
+
+class Loudspeaker:
+    """What waits to be played and how much of the answer was. The event loop feeds it, a sound card's thread takes."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self._lock = threading.Lock()
+        self._waiting = bytearray()
+        self._taken = 0  # bytes of this answer
+        self._paused = False
+        self.response_id = ""
+
+    @property
+    def played(self) -> float:
+        """Seconds of this answer that were taken."""
+        return voice.duration(self._taken, self._rate)
+
+    @property
+    def empty(self) -> bool:
+        return not self._waiting
+
+    def start(self, response_id: str) -> None:
+        with self._lock:
+            self.response_id, self._taken, self._paused = response_id, 0, False
+            self._waiting.clear()
+
+    def feed(self, pcm: bytes) -> None:
+        with self._lock:
+            self._waiting += pcm
+
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+
+    def flush(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+            self._paused = False
+
+    def take(self, size: int) -> bytes:
+        """So many bytes: what is to be played now, with silence where there is none."""
+        with self._lock:
+            data = b"" if self._paused else bytes(self._waiting[:size])
+            del self._waiting[: len(data)]
+            self._taken += len(data)
+        return data + bytes(size - len(data))
+
+
+class _SoundError(Exception):
+    """There is no sound here; the message says why, and what would help."""
+
+
+class _SoundCard:
+    """Microphone and loudspeaker, by PortAudio, which calls back on threads of its own."""
+
+    def __init__(self, output_rate: int) -> None:
+        """Raises `_SoundError` where there is none."""
+        try:
+            import sounddevice
+        except ImportError:
+            raise _SoundError("sound needs sounddevice: pip install 'vai[live]', or use --wav FILE") from None
+        except OSError:
+            raise _SoundError("sound needs PortAudio (on Debian: apt install libportaudio2), or --wav FILE") from None
+        self._library: Any = sounddevice
+        self.output_rate = output_rate
+        self.sample_rate = self._input_rate()
+        self._streams: list[Any] = []
+
+    def _input_rate(self) -> int:
+        """The first rate that the microphone has."""
+        fault: Exception = OSError()
+        for rate in (16_000, 48_000, 24_000):
+            try:
+                self._library.check_input_settings(samplerate=rate, channels=1, dtype="int16")
+                self._library.check_output_settings(samplerate=self.output_rate, channels=1, dtype="int16")
+            except (self._library.PortAudioError, ValueError) as error:
+                fault = error
+            else:
+                return rate
+        raise _SoundError(f"no microphone and loudspeaker here ({' '.join(str(fault).split())}): use --wav FILE")
+
+    def start(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        loop = asyncio.get_running_loop()
+
+        def take(data: Any, frames: int, when: Any, status: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(heard, bytes(data))
+
+        def give(data: Any, frames: int, when: Any, status: Any) -> None:
+            data[:] = speaker.take(len(data))
+
+        block, kind = round(_BLOCK * self.sample_rate), {"channels": 1, "dtype": "int16"}
+        for stream in (
+            self._library.RawInputStream(samplerate=self.sample_rate, blocksize=block, callback=take, **kind),
+            self._library.RawOutputStream(samplerate=self.output_rate, latency="low", callback=give, **kind),
+        ):
+            self._streams.append(stream)
+            stream.start()
+
+    @property
+    def latency(self) -> float:
+        """Seconds from what the loudspeaker took to what is heard."""
+        return float(self._streams[1].latency) if len(self._streams) == 2 else 0.0
+
+    def stop(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+
+class _SoundFile:
+    """A recording in place of the microphone, and a clock in place of the loudspeaker."""
+
+    latency = 0.0
+
+    def __init__(self, name: str, output_rate: int) -> None:
+        """Raises `OSError`, or `InvalidRequestError` for what is no WAV file."""
+        sound = voice.read_wav(Path(name).read_bytes(), name)
+        self.output_rate = output_rate
+        self.sample_rate = sound.sample_rate if sound.sample_rate in (16_000, 24_000, 48_000) else RATE
+        resampler = voice.Resampler(sound.sample_rate, self.sample_rate)
+        pcm = voice.mono(sound.pcm, sound.channels)
+        self._pcm = resampler.feed(pcm) + resampler.close()
+        self._task: asyncio.Task[None] | None = None
+        self.over: float | None = None  # the loop's time when it had all been sent
+        self.spoken = bytearray()
+
+    def start(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        self._task = asyncio.create_task(self._run(heard, speaker))
+
+    async def _run(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        loop = asyncio.get_running_loop()
+        began, size = loop.time(), 2 * round(_BLOCK * self.sample_rate)
+        for number in itertools.count():
+            await asyncio.sleep(began + number * _BLOCK - loop.time())
+            piece = self._pcm[number * size : (number + 1) * size]
+            if not piece and self.over is None:
+                self.over = loop.time()
+            heard(piece.ljust(size, b"\0"))
+            self.spoken += speaker.take(2 * round(_BLOCK * self.output_rate))
+
+    def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+
+    def save(self, name: str) -> None:
+        """What was heard of the answers, with the silence between them."""
+        Path(name).write_bytes(voice.wav(bytes(self.spoken), self.output_rate))
+
+
+class _Screen:
+    """The conversation line by line on standard output; on a terminal also a line that moves, on standard error."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._moving = sys.stderr.isatty()
+        self._meter = Meter()
+        self._state, self._partial = "listening", ""
+        self._answering = False  # the line of an answer is not whole yet
+
+    def heard(self, pcm: bytes) -> None:
+        self._meter.feed(voice.rms(pcm))
+        if self._moving and not self._answering:
+            bar = "█" * round((self._meter.dbfs + 60) / 3)
+            self._show(f"{self._state:12.12} {bar:<20} {self._partial[-50:]}")
+
+    def event(self, event: JSON) -> None:
+        match event:
+            case {"type": "state", "state": state}:
+                self._state = state
+            case {"type": "transcript.delta", "delta": words, "is_final": final}:
+                self._partial = "" if final else words
+            case {"type": "input.committed", "transcript": transcript}:
+                self._partial = ""
+                self._line(f"you: {transcript}")
+            case {"type": "grace_period.extended"}:
+                self._line("     (you went on)")
+            case {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}:
+                self._say(text)
+            case {"type": "tool_use", "name": name}:
+                self._line(f"     [{name}]")
+            case {"type": "response.interrupted"}:
+                self._line("     (interrupted)")
+            case {"type": "message_stop"}:
+                self._line()
+            case {"type": "error", "error": error}:
+                self._line()
+                self._show("")
+                print(f"vai: {error['message']}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._line()
+        self._show("")
+
+    def _say(self, text: str) -> None:
+        if not self._answering:
+            self._show("")
+            print(f"{self._model}: ", end="")
+            self._answering = True
+        print(text, end="", flush=True)
+
+    def _line(self, text: str | None = None) -> None:
+        """The answer's line ends, and this one comes after it."""
+        if self._answering:
+            print(flush=True)
+            self._answering = False
+        if text is not None:
+            self._show("")
+            print(text, flush=True)
+
+    def _show(self, line: str) -> None:
+        if self._moving:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+class _Talk:
+    """One conversation at the terminal."""
+
+    def __init__(self, session: Any, sound: _SoundCard | _SoundFile, screen: _Screen) -> None:
+        self._session, self._sound, self._screen = session, sound, screen
+        self._speaker = Loudspeaker(sound.output_rate)
+        self._microphone: asyncio.Queue[bytes] = asyncio.Queue(500)
+        self._state = State.LISTENING.value
+        self._open = False  # words were heard that are in no turn yet
+        self._turns = 0
+        self.failed = False
+
+    async def run(self) -> None:
+        """Until the session ends."""
+        self._sound.start(self._heard, self._speaker)
+        try:
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(self._send()), group.create_task(self._report())]
+                async for event in self._session:
+                    if event.type == "audio_delta":
+                        self._speaker.feed(event.data)
+                    else:
+                        self._take(event.to_wire())
+                for other in others:
+                    other.cancel()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        finally:
+            self._sound.stop()
+            self._screen.close()
+
+    def _heard(self, pcm: bytes) -> None:
+        self._screen.heard(pcm)
+        if not self._microphone.full():  # else the session has stood still for ten seconds
+            self._microphone.put_nowait(pcm)
+
+    async def _send(self) -> None:
+        while True:
+            await self._session.send(await self._microphone.get())
+            if self._done():
+                await self._session.send({"type": "session.close"})
+
+    async def _report(self) -> None:
+        """How much of the answer has been heard."""
+        told = ("", 0.0)
+        while True:
+            await asyncio.sleep(_REPORT)
+            played = max(0.0, self._speaker.played - self._sound.latency * (not self._speaker.empty))
+            if (now := (self._speaker.response_id, played)) != told and now[0]:
+                told = now
+                report = {"type": "playback", "response_id": now[0], "played_ms": round(1000 * played)}
+                await self._session.send(report)
+
+    def _take(self, event: JSON) -> None:
+        self._screen.event(event)
+        match event["type"]:
+            case "state":
+                self._state = event["state"]
+            case "audio.start":
+                self._speaker.start(event["response_id"])
+            case "audio.pause" | "audio.resume":
+                self._speaker.pause(event["type"] == "audio.pause")
+            case "audio.flush":
+                self._speaker.flush()
+            case "transcript.delta":
+                self._open = True
+            case "input.committed":
+                self._open = False
+                self._turns += 1
+            case "error":
+                self.failed = self.failed or bool(event["fatal"])
+
+    def _done(self) -> bool:
+        """The file is over, and what it said is answered."""
+        if not isinstance(self._sound, _SoundFile) or self._sound.over is None:
+            return False
+        since = asyncio.get_running_loop().time() - self._sound.over
+        busy = self._open or self._state != State.LISTENING.value
+        return since > _QUIET and not busy and (self._turns > 0 or since > _DEAF)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="live.py", description="Talk with any model. Ctrl-C ends.")
+    parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
+    parser.add_argument("-s", "--system", help="system prompt")
+    parser.add_argument("--voice", metavar="ID", help="an id of the speech service's")
+    parser.add_argument("--language", metavar="CODE", help="what is spoken (en)")
+    parser.add_argument("--wav", metavar="FILE", help="a recording in place of the microphone, and no loudspeaker")
+    parser.add_argument("-o", "--output", metavar="FILE", help="with --wav: what was heard, as a WAV file")
+    options = parser.parse_args(argv)
+    if not options.model:
+        parser.exit(2, "live.py: which model? -m provider/model, or set VAI_MODEL\n")
+    if options.output and not options.wav:
+        parser.exit(2, "live.py: --output needs --wav\n")
+    return options
+
+
+async def _converse(options: argparse.Namespace) -> bool:
+    """The conversation; whether it went well. Through the gateway that VAI_BASE_URL names, if any; else in process."""
+    if TYPE_CHECKING or not __package__:
+        import vai
+    else:
+        from . import vai
+
+    output_rate = 24_000
+    sound = _SoundFile(options.wav, output_rate) if options.wav else _SoundCard(output_rate)
+    speech: JSON = {"input": {}, "output": {}}
+    if options.language:
+        speech = {name: {"language": options.language} for name in speech}
+    if options.voice:
+        speech["output"]["voice"] = options.voice
+    fields: dict[str, Any] = {"system": options.system} if options.system else {}
+    fields |= {"audio_in": {"sample_rate": sound.sample_rate}, "audio_out": {"sample_rate": output_rate}}
+    base_url, api_key = os.environ.get("VAI_BASE_URL") or None, os.environ.get("VAI_API_KEY") or None
+    async with vai.AsyncClient(base_url=base_url, api_key=api_key) as client:
+        async with client.live(model=options.model, voice=speech, **fields) as session:
+            talk = _Talk(session, sound, _Screen(options.model))
+            await talk.run()
+    if options.output and isinstance(sound, _SoundFile):
+        sound.save(options.output)
+    return not talk.failed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python live.py -m MODEL`. Exit codes: 0, 1 for an error or no sound, 2 for usage, 130 for Ctrl-C."""
+    options = _arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        good = asyncio.run(_converse(options))
+    except (_SoundError, Error, OSError) as fault:
+        whose = f"{fault.provider}: " if isinstance(fault, Error) and fault.provider else ""
+        print(f"vai: {whose}{' '.join(str(fault).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":  # through the module, so that script and module are not two different things
+    importlib.import_module(f"{__package__}.live" if __package__ else "live").main()

@@ -1379,8 +1379,7 @@ class Direct:
 
     def _check_live(self, asked: JSON, config: live.LiveConfig) -> None:
         """Raises `InvalidRequestError` for what no turn of the session could be asked with."""
-        messages = list(config.messages)
-        live.append_message(messages, "user", "Hello.")
+        messages = [*config.messages, {"role": "user", "content": "Hello."}]
         try:
             self.parse({**asked, "messages": messages})
             for model in {config.voice.vad.model, config.voice.interrupt.model} - {"auto", *self.aliases}:

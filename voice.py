@@ -1602,6 +1602,10 @@ class SpeechAdapter:
         """The model that takes a recording, or that speaks."""
         raise NotImplementedError
 
+    def stream_model(self, settings: VoiceInput) -> str:
+        """The model that listens as it is spoken."""
+        raise NotImplementedError
+
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
@@ -1767,12 +1771,12 @@ class Cartesia(SpeechAdapter):
     # -- over WebSockets --
 
     def has_turns(self, settings: VoiceInput) -> bool:
-        return self._stream_model(settings) == "ink-2"
+        return self.stream_model(settings) == "ink-2"
 
     def open_stt(
         self, settings: VoiceInput, sample_rate: int, turns: bool, credential: Credential, base_url: str
     ) -> HTTPRequest:
-        query = {"model": self._stream_model(settings), "encoding": "pcm_s16le", "sample_rate": sample_rate}
+        query = {"model": self.stream_model(settings), "encoding": "pcm_s16le", "sample_rate": sample_rate}
         if not turns:
             query["language"] = _language(settings.language or "en")
         path = "/stt/turns/websocket" if turns else "/stt/websocket"
@@ -1780,7 +1784,7 @@ class Cartesia(SpeechAdapter):
 
     def stt(self, settings: VoiceInput, sample_rate: int, turns: bool) -> CartesiaSTT:
         if turns and not self.has_turns(settings):
-            message = f"{self._stream_model(settings)} finds no turns; ink-2 does, for English"
+            message = f"{self.stream_model(settings)} finds no turns; ink-2 does, for English"
             raise InvalidRequestError(f"model: {message}", param="model", code="unsupported_feature")
         return CartesiaSTT(self, sample_rate, turns)
 
@@ -1814,7 +1818,7 @@ class Cartesia(SpeechAdapter):
             body["generation_config"] = config
         return body
 
-    def _stream_model(self, settings: VoiceInput) -> str:
+    def stream_model(self, settings: VoiceInput) -> str:
         """English has a model of its own."""
         return settings.model or ("ink-2" if _language(settings.language or "en") == "en" else "ink-whisper")
 
@@ -2069,6 +2073,11 @@ SPEECH: dict[str, SpeechAdapter] = {
 def model_of(settings: VoiceInput | VoiceOutput) -> str:
     """What takes a recording or speaks, as `service/model`."""
     return f"{settings.provider}/{SPEECH[settings.provider].model(settings)}"
+
+
+def listener_of(settings: VoiceInput) -> str:
+    """What listens as it is spoken, as `service/model`."""
+    return f"{settings.provider}/{SPEECH[settings.provider].stream_model(settings)}"
 
 
 # == Sockets ===========================================================================================================

@@ -664,7 +664,7 @@ def test_the_model_fails(fault: str, type: str) -> None:
             await talk.until("state", state="listening")
             await talk.say("Are you there?")
             await talk.until("input.committed", transcript="Are you there?")
-            await talk.until("error")
+            await talk.until("error")  # also of a run that failed before the turn was committed
             texts = [block["text"] for block in talk.requests()[-1]["messages"][-1]["content"]]
             assert texts == [f"{fault} [words 30]", "Are you there?"]
 
