@@ -1843,7 +1843,7 @@ class GatewayLive:
                 pcm = base64.b64decode(data["delta"]["data"], validate=True)
                 return live.LiveAudio(data["response_id"], pcm, data["delta"]["sample_rate"])
             self._note(data)
-            return live.LiveEvent(data["type"], data)
+            return live.LiveEvent(data["type"] + "", data)
         except (ValueError, KeyError, TypeError):
             raise ProviderError("the gateway's message cannot be read", code="unreadable_answer") from None
 

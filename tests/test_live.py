@@ -15,10 +15,13 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
+from aiohttp import web
 from conftest import JSON, KEY, Serve
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vai
-from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_config
+from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_config, read_message
 from sandbox import Sandbox, speech
 from voice import Resampler
 
@@ -1032,3 +1035,56 @@ async def test_what_cannot_be_had(
         assert getattr(raised.value, "param", None) == param
         assert "bad-key" not in str(raised.value)
     assert not sandbox.open
+
+
+@pytest.mark.parametrize("last", [None, "not JSON", "[1]", '{"type": 5}'], ids=["hangs up", "text", "list", "number"])
+async def test_a_gateway_that_breaks_off(last: str | None) -> None:
+    """The events end all the same, and what is sent then goes nowhere."""
+
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        assert (await socket.receive_json())["config"]["model"] == "anthropic/any"
+        await socket.send_json({"type": "session.created", "session_id": "live_1", "config": {}})
+        await socket.send_json({"type": "audio.start", "response_id": "resp_1", "sample_rate": 24_000})
+        await socket.send_bytes(bytes(4))
+        await (socket.close(code=1011) if last is None else socket.send_str(last))
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/v1/messages/live", talk)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with vai.AsyncClient(base_url=url) as client, client.live(model="anthropic/any") as session:
+            events = [event async for event in session]
+            assert [event.type for event in events] == [
+                "session.created",
+                "audio.start",
+                "audio_delta",
+                "session.closed",
+            ]
+            assert events[-1].to_wire()["reason"] == session.closed == "connection_broken"
+            await session.send(bytes(2))
+    finally:
+        await runner.cleanup()
+
+
+# == Messages ==========================================================================================================
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+TYPES = st.sampled_from(["input.commit", "input.interrupt", "input.text", "input.content", "tool_result", "playback"])
+FIELDS = st.sampled_from(["transcript", "text", "content", "tool_use_id", "is_error", "response_id", "played_ms"])
+
+
+@given(st.dictionaries(FIELDS, ANYTHING, max_size=4), TYPES | ANYTHING)
+def test_any_message_is_read_or_refused(fields: JSON, kind: Any) -> None:
+    """Nothing else is raised, whatever comes."""
+    with contextlib.suppress(vai.InvalidRequestError):
+        read_message({**fields, "type": kind})
