@@ -42,7 +42,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -2936,7 +2935,7 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-_PRE_ROLL = 3.0  # seconds of speech that a speech service is told anew
+_MISSED = 3.0  # seconds of audio that are kept while there is no speech service to hear them
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
 _GOODBYE = 0.08  # seconds for closing a socket
@@ -3116,9 +3115,9 @@ class _Response:
 
     def ask(self, messages: list[JSON], tools: bool) -> None:
         self._message, self._tools = Accumulator(), tools
-        self._spawn(self._ask(messages, tools))
+        self._spawn(functools.partial(self._ask, messages, tools))
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """The turn is committed, and the client told so."""
         self._held = False
         pending, self._pending = self._pending, []
@@ -3137,8 +3136,8 @@ class _Response:
             try:
                 async for events in answer:
                     for event in events:
+                        await self._session._told()
                         self._take(event)
-                    await self._session._told()
                 await answer.finish()
             finally:
                 answer.close()
@@ -3179,7 +3178,7 @@ class _Response:
     # -- its tools --
 
     def call(self, action: CallTool, run: CallableTool) -> None:
-        self._calls[action.id] = self._spawn(self._call(action, run))
+        self._calls[action.id] = self._spawn(functools.partial(self._call, action, run))
 
     def cancel_call(self, call_id: str) -> None:
         if task := self._calls.pop(call_id, None):
@@ -3211,7 +3210,7 @@ class _Response:
             self._session._feed(Said(self.id, text))
             if not self._speaks:
                 self._speaks = True
-                self._spawn(self._speak())
+                self._spawn(self._speak)
 
     async def _speak(self) -> None:
         session = self._session
@@ -3245,7 +3244,7 @@ class _Response:
                 await context.say(part)
             await context.end()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         task = self._session._spawn(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3311,7 +3310,7 @@ class LiveSession:
         self._odd = b""
         self._resampler = voice.Resampler(config.audio_in.sample_rate, RATE)
         self._microphone = 0  # samples at `RATE` so far
-        self._pre_roll = PreRoll(_PRE_ROLL)
+        self._missed: PreRoll | None = None  # what came while there was no speech service
         self._to_stt: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: `finalize`
 
         self._events: collections.deque[Event] = collections.deque()
@@ -3319,6 +3318,7 @@ class LiveSession:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._responses: dict[str, _Response] = {}
+        self._released: _Response | None = None
         self._playing: _Response | None = None
         self._paused = False
         self._checks: dict[type[Action], asyncio.Task[None]] = {}
@@ -3383,7 +3383,7 @@ class LiveSession:
         self._tell({"type": "state", "state": self.state.value})
         self._tell({"type": "vad.listening"})
         self._feed(Tick())
-        for work in (self._listen(), self._write(), self._read(), self._expire()):
+        for work in (self._listen, self._write, self._read, self._expire):
             self._spawn(work)
 
     async def __aexit__(self, *exc: object) -> None:
@@ -3421,17 +3421,16 @@ class LiveSession:
         await asyncio.sleep(self._max_duration)
         self.close("max_duration")
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: work.close())  # where it was cancelled before it began
         return task
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """What nobody has thought of ends the session, not the program."""
         try:
-            await work
+            await work()
         except Exception as fault:
             logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
             self._tell_error(APIError("internal error"), fatal=True)
@@ -3507,7 +3506,6 @@ class LiveSession:
             if at:
                 await asyncio.sleep(0)  # others' turn
             self._microphone += len(piece) // 2
-            self._pre_roll.feed(piece)
             self._to_stt.put_nowait(piece)
             for event in await self._detector.feed(piece):
                 if isinstance(event, SpeechStarted):
@@ -3530,8 +3528,11 @@ class LiveSession:
                 held += piece
                 if len(held) < _TO_STT or not self._to_stt.empty():
                     continue
-            if held:
-                data, held = bytes(held), bytearray()
+            data, held = bytes(held), bytearray()
+            if self._missed is not None:
+                self._missed.feed(data)
+                continue
+            if data:
                 await self._stt.send(data)
             if piece is None:
                 await self._stt.finalize()
@@ -3539,19 +3540,28 @@ class LiveSession:
     async def _read(self) -> None:
         """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
         while True:
+            interim = ""
             try:
                 async for event in self._stt:
-                    if isinstance(event, voice.Transcript) and event.text:
-                        self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
-                        self._detector.detector.words()
-                    self._feed(event)
+                    if isinstance(event, voice.Transcript):
+                        interim = "" if event.is_final else event.text
+                    self._hear_words(event)
                 fault: Error = ProviderError("the speech service has ended the stream", code="connection_broken")
             except Error as error:
                 fault = error
+            if interim:  # nobody will say more of it
+                self._hear_words(voice.Transcript(interim, True))
+            self._missed = PreRoll(_MISSED)
             self._feed(STTFailed(fault))
-            await self._open_again(fault)
+            await self._open_again(self._missed, fault)
 
-    async def _open_again(self, fault: Error) -> None:
+    def _hear_words(self, event: STTEvent) -> None:
+        if isinstance(event, voice.Transcript) and event.text:
+            self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
+            self._detector.detector.words()
+        self._feed(event)
+
+    async def _open_again(self, missed: PreRoll, fault: Error) -> None:
         for attempt in itertools.count(1):
             if not fault.retryable:
                 self._tell_error(fault, fatal=True)
@@ -3565,10 +3575,9 @@ class LiveSession:
                 fault = error
                 continue
             break
-        padding = self.config.voice.vad.prefix_padding_ms / 1000
-        await stt.send(self._pre_roll.last(_PRE_ROLL if self._detector.detector.speaking else padding))
-        old, self._stt = self._stt, stt
+        old, self._stt, self._missed = self._stt, stt, None
         self._reopened += 1 + old.reconnects
+        await stt.send(missed.last(_MISSED))
         await old.close()
 
     # -- The turn taker --
@@ -3583,6 +3592,9 @@ class LiveSession:
             while self._events and self.closed is None:
                 for action in self._turns.handle(self._clock(), self._events.popleft()):
                     self._perform(action)
+                if (released := self._released) is not None:
+                    self._released = None
+                    released.release()
         finally:
             self._handling = False
         self._set_timer()
@@ -3615,12 +3627,12 @@ class LiveSession:
                 self._ask_fast_model(action)
             case Committed():
                 self._detector.detector.reset()
-                self._spawn(self._warm_up())
+                self._spawn(self._warm_up)
             case StartRun():
                 response = self._responses[action.response_id] = _Response(self, action.response_id, action.held)
                 response.ask(action.messages, True)
             case ReleaseRun():
-                self._spawn(self._responses[action.response_id].release())
+                self._released = self._responses[action.response_id]
             case ContinueRun():
                 self._responses[action.response_id].ask(action.messages, action.tools)
             case CancelRun():
@@ -3667,7 +3679,7 @@ class LiveSession:
         if self._check is None:
             self._answer_check(action, None)
         else:
-            self._checks[type(action)] = self._spawn(self._ask_check(self._check, action))
+            self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
 
     async def _ask_check(self, check: Check, action: CheckTurn | CheckInterrupt) -> None:
         answer: bool | None = None
