@@ -1380,12 +1380,15 @@ class Direct:
     def _check_live(self, asked: JSON, config: live.LiveConfig) -> None:
         """Raises `InvalidRequestError` for what no turn of the session could be asked with."""
         messages = [*config.messages, {"role": "user", "content": "Hello."}]
+        place = "config"
         try:
             self.parse({**asked, "messages": messages})
-            for model in {config.voice.vad.model, config.voice.interrupt.model} - {"auto", *self.aliases}:
-                providers.split_model(model, self.aliases)
+            for place, model in (("vad", config.voice.vad.model), ("interrupt", config.voice.interrupt.model)):
+                place = f"config.voice.{place}"
+                if model != "auto" and model not in self.aliases:
+                    providers.split_model(model, self.aliases)
         except InvalidRequestError as fault:
-            param = f"config.{fault.param}" if fault.param else None
+            param = f"{place}.{fault.param}" if fault.param else None
             raise InvalidRequestError(fault.message, param=param, code=fault.code) from None
 
     def _fast_model(

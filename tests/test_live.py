@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
-from conftest import JSON
+from conftest import JSON, KEY, Serve
 
 import vai
 from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_config
 from sandbox import Sandbox, speech
+from voice import Resampler
 
 SPEED = 4.0
 FRAME = 640  # bytes of 20 ms at 16 kHz
@@ -68,6 +69,10 @@ class Talk:
         self.rate = session.config.audio_in.sample_rate
         self.size = self.rate // 50 * 2
         self.microphone_on = True
+        self.echo = 0.0
+        self._playing = False
+        self._coming_back = bytearray()
+        self._resampler = Resampler(24_000, self.rate)
         self._seen = 0
         self._new = asyncio.Event()
         self._unsaid = bytearray()
@@ -77,15 +82,30 @@ class Talk:
         async for event in self.session:
             self.events.append(event)
             self.times.append(now())
+            if self.echo:
+                self.play_back(event)
             self._new.set()
         self._new.set()
+
+    def play_back(self, event: LiveEvent | LiveAudio) -> None:
+        """A loudspeaker that the microphone hears, `echo` of it; it does as it is told."""
+        if isinstance(event, LiveAudio):
+            pcm = self._resampler.feed(event.data)
+            samples = struct.unpack(f"<{len(pcm) // 2}h", pcm)
+            self._coming_back += struct.pack(f"<{len(samples)}h", *(round(self.echo * sample) for sample in samples))
+        elif event.type in ("audio.pause", "audio.resume"):
+            self._playing = event.type == "audio.resume"
+        elif event.type in ("audio.start", "audio.flush"):
+            self._coming_back.clear()
+            self._playing = True
 
     async def speak(self) -> None:
         began, frames = now(), 0
         while True:
             if self.microphone_on:
-                frame = bytes(self._unsaid[: self.size])
-                del self._unsaid[: self.size]
+                heard = self._coming_back if self._coming_back and self._playing else self._unsaid
+                frame = bytes(heard[: self.size])
+                del heard[: self.size]
                 if not self._unsaid:
                     self._quiet.set()
                 await self.session.send(frame + bytes(self.size - len(frame)))
@@ -327,6 +347,44 @@ def test_a_murmur_pauses_and_nothing_is_lost(reason: str) -> None:
 def buzz(seconds: float) -> bytes:
     """Sound without words."""
     return (struct.pack("<h", 6000) * 20 + struct.pack("<h", -6000) * 20) * round(seconds * 400)
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.03], ids=["-20 dB", "-30 dB"])
+def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
+    """Even where the speech service makes words of it; and somebody who speaks over it is heard."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.transcripts.append("one two three four five six seven eight nine ten eleven twelve")
+            async with talking(sandbox=sandbox, voice=NO_GRACE) as talk:
+                text = "One two three four five six seven eight nine ten eleven twelve."
+                talk.echo = gain
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                assert not talk.told("response.interrupted")
+                assert talk.audio() == speech(text)
+                await asyncio.sleep(1)
+                assert len(talk.told("input.committed")) == 1
+
+    quick(work())
+
+
+def test_history_ends_where_the_client_says_that_it_played() -> None:
+    """Its loudspeaker is late: what real time would allow was not heard."""
+
+    async def work() -> None:
+        async with talking(voice=NO_GRACE) as talk:
+            await talk.send("input.text", text="[say One two three four five six seven eight nine ten.]")
+            start = await talk.until("audio.start")
+            await asyncio.sleep(2)
+            end_of_three = len(speech("One two three")) / 48
+            await talk.send("playback", response_id=start["response_id"], played_ms=end_of_three)
+            await talk.send("input.interrupt")
+            told = await talk.until("response.interrupted")
+            assert told["partial_text"] == "One two three"
+            assert abs(told["audio_position_ms"] - end_of_three) < 2
+
+    quick(work())
 
 
 def test_words_within_grace_make_one_turn() -> None:
@@ -723,16 +781,6 @@ def test_speech_that_cannot_be_had() -> None:
     quick(work())
 
 
-async def test_what_cannot_be_opened(sandbox: Sandbox) -> None:
-    """Errors in the configuration and of the speech service are raised where the session is opened."""
-    environ = {**sandbox.environ, "CARTESIA_API_KEY": "bad-key"}
-    async with vai.AsyncClient(engine=vai.Direct(environ=environ)) as client:
-        with pytest.raises(vai.AuthenticationError):
-            async with client.live(model="anthropic/claude-sonnet-4-5"):
-                raise AssertionError
-    assert sandbox.open == 0
-
-
 @pytest.mark.parametrize("said", ["[error]", "[reset]"])
 def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said so far is a turn, the client is told, and another stream is opened."""
@@ -881,3 +929,91 @@ def test_a_client_that_does_not_read() -> None:
             await engine.close()
 
     quick(work())
+
+
+# == Clients ===========================================================================================================
+
+
+@pytest.mark.parametrize("blocking", [False, True], ids=["async", "sync"])
+@pytest.mark.parametrize("mode", ["direct", "gateway"])
+async def test_clients(mode: str, blocking: bool, serve: Serve, sandbox: Sandbox) -> None:
+    """The same events in both modes, with `await` and without; a function is called here."""
+    cities: list[str] = []
+
+    @vai.tool
+    def get_weather(city: str) -> str:
+        cities.append(city)
+        return "mild"
+
+    options = (
+        {"base_url": (await serve()).url, "api_key": KEY}
+        if mode == "gateway"
+        else {"engine": vai.Direct(environ=sandbox.environ)}
+    )
+    fields: Any = {"model": "anthropic/claude-sonnet-4-5", "voice": "a-voice", "tools": [get_weather]}
+    typed = {"type": "input.text", "text": '[tool get_weather {"city":"Oslo"}] [then] [say Mild.]'}
+    events: list[LiveEvent | LiveAudio] = []
+
+    async def talk() -> None:
+        async with vai.AsyncClient(**options) as client, client.live(**fields) as session:
+            await session.send(bytes(641))
+            await session.send(typed)
+            async for event in session:
+                events.append(event)
+                if event.type == "audio.done":
+                    await session.send({"type": "session.close"})
+            assert session.closed == "client"
+
+    def talk_without_await() -> None:
+        with vai.Client(**options) as client, client.live(**fields) as session:
+            session.send(bytes(641))
+            session.send(typed)
+            for event in session:
+                events.append(event)
+                if event.type == "audio.done":
+                    session.send({"type": "session.close"})
+            assert session.closed == "client"
+
+    await (asyncio.to_thread(talk_without_await) if blocking else talk())
+    assert cities == ["Oslo"]
+    pieces = [event for event in events if isinstance(event, LiveAudio)]
+    assert b"".join(piece.data for piece in pieces) == speech("Mild.")
+    start = next(event for event in events if event.type == "audio.start")
+    assert {piece.response_id for piece in pieces} == {start.to_wire()["response_id"]}
+    order = ["session.created", "input.committed", "tool_use", "audio.start", "audio_delta", "audio.done"]
+    told = [event.type for event in events]
+    assert [type for type in dict.fromkeys(told) if type in order] == order
+    assert told[-1] == "session.closed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault", "param"),
+    [
+        ({"model": "nope"}, vai.InvalidRequestError, "config.model"),
+        ({"voice": {"vad": {"model": "nope"}}}, vai.InvalidRequestError, "config.voice.vad.model"),
+        ({"voice": {"output": {"speed": 9.0}}}, vai.InvalidRequestError, "config.voice.output.speed"),
+        ({"audio_in": {"sample_rate": 7}}, vai.InvalidRequestError, "config.audio_in.sample_rate"),
+        ({"temperature": 5.0}, vai.InvalidRequestError, "config.temperature"),
+        ({"messages": [{"role": "nobody"}]}, vai.InvalidRequestError, "config.messages[0].role"),
+        ({"provider_keys": {"cartesia": "bad-key"}}, vai.AuthenticationError, None),
+        ({"voise": 1}, TypeError, None),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("mode", ["direct", "gateway"])
+async def test_what_cannot_be_had(
+    mode: str, fields: Any, fault: Any, param: str | None, serve: Serve, sandbox: Sandbox
+) -> None:
+    """It is raised where the session is opened, in both modes alike, and nothing stays open."""
+    options = (
+        {"base_url": (await serve()).url, "api_key": KEY}
+        if mode == "gateway"
+        else {"engine": vai.Direct(environ=sandbox.environ)}
+    )
+    async with vai.AsyncClient(**options) as client:
+        with pytest.raises(fault) as raised:
+            async with client.live(**{"model": "anthropic/claude-sonnet-4-5", **fields}):
+                raise AssertionError
+        assert getattr(raised.value, "param", None) == param
+        assert "bad-key" not in str(raised.value)
+    assert not sandbox.open
