@@ -1851,7 +1851,7 @@ class LiveSocket:
             await self._fail(error_of(raised, self._request.path))
         finally:
             self._settle()
-        await self._close(CLOSING.get(self._tally.closed, 1011))
+            await self._close(CLOSING.get(self._tally.closed, 1011))  # also of a client that is gone: it ends the pings
         return self._socket
 
     def end(self) -> None:
@@ -2776,16 +2776,16 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.on_response_prepare.append(gateway.mark)
 
     async def running(app: web.Application) -> AsyncIterator[None]:
-        watch = asyncio.create_task(watch_loop(gateway.metrics))
-        gateway.loop = asyncio.get_running_loop()
-        engine.transport.bind()
-        if gateway.rates.shared:
-            await gateway.rates.shared.start()
         if config.live.detector != "auto":
             try:
                 await gateway.detectors.start()
             except live.DetectorError as fault:
                 raise ConfigError(f"live.detector: {fault}") from None
+        watch = asyncio.create_task(watch_loop(gateway.metrics))
+        gateway.loop = asyncio.get_running_loop()
+        engine.transport.bind()
+        if gateway.rates.shared:
+            await gateway.rates.shared.start()
         yield
         await gateway.detectors.close()
         if gateway.rates.shared:
