@@ -2500,6 +2500,9 @@ class TurnTaker:
         if self._commit_by is not None:
             return self._barge_in_by_hand(turn, self._commit_by)
         if self._words.fresh:
+            if run.audible and not self._voice and is_echo(self._words.fresh, self._spoken(turn, self._words.fresh)):
+                self._words.dismiss()  # too quiet to be the user, and it is our own words
+                return True
             if turn.grace is not None and not run.audible:
                 return self._extend(turn)
             if not run.audible and is_backchannel(self._words.fresh, self._language):
@@ -2605,7 +2608,7 @@ class TurnTaker:
     def _decide(self, turn: _Turn, capture: _Capture) -> bool:
         """Whether what is said over the answer is meant to end it. The audio waits, and nothing of it is lost."""
         text = self._words.fresh
-        spoken = turn.run.ledger.near(self._now, 3.0) if turn.run.audible else ""
+        spoken = self._spoken(turn, text)
         echo = is_echo(text, spoken)
         if text and (self._commit_by is not None or self._is_stop(text, echo)):
             self._interrupt(turn)
@@ -2627,6 +2630,11 @@ class TurnTaker:
             self._interrupt(turn)
             return True
         return self._ask_whether_meant(turn, capture, text, spoken, last)
+
+    def _spoken(self, turn: _Turn, text: str) -> str:
+        """What of the answer could come back as this text."""
+        seconds = 3.0 + len(text) / Ledger.CHARACTERS_A_SECOND
+        return turn.run.ledger.near(self._now, seconds) if turn.run.audible else ""
 
     def _is_stop(self, text: str, echo: bool) -> bool:
         """Our own "stop the car" is no stop word; "stop" is, whoever else says it."""
@@ -3432,9 +3440,12 @@ class LiveSession:
         try:
             await work()
         except Exception as fault:
-            logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
-            self._tell_error(APIError("internal error"), fatal=True)
-            self.close("error")
+            self._give_up(fault)
+
+    def _give_up(self, fault: Exception) -> None:
+        logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
+        self._tell_error(APIError("internal error"), fatal=True)
+        self.close("error")
 
     # -- In --
 
@@ -3595,6 +3606,8 @@ class LiveSession:
                 if (released := self._released) is not None:
                     self._released = None
                     released.release()
+        except Exception as fault:
+            self._give_up(fault)
         finally:
             self._handling = False
         self._set_timer()
@@ -3682,15 +3695,22 @@ class LiveSession:
             self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
 
     async def _ask_check(self, check: Check, action: CheckTurn | CheckInterrupt) -> None:
+        if isinstance(action, CheckTurn):
+            model, instructions = self.config.voice.vad.model, _ASK_FINISHED
+            asked = f"The user said:\n{action.transcript}"
+        else:
+            model, instructions = self.config.voice.interrupt.model, _ASK_MEANT
+            asked = f"The assistant was saying:\n{action.spoken}\n\nThe user said:\n{action.transcript}"
         answer: bool | None = None
-        with contextlib.suppress(Error, TimeoutError):
+        try:
             async with asyncio.timeout(_SLOW_CHECK):
-                if isinstance(action, CheckTurn):
-                    model, asked = self.config.voice.vad.model, f"The user said:\n{action.transcript}"
-                    answer = _yes_or_no(await check(model, _ASK_FINISHED, asked))
-                else:
-                    asked = f"The assistant was saying:\n{action.spoken}\n\nThe user said:\n{action.transcript}"
-                    answer = _yes_or_no(await check(self.config.voice.interrupt.model, _ASK_MEANT, asked))
+                answer = _yes_or_no(await check(model, instructions, asked))
+        except TimeoutError:
+            pass
+        except Error as fault:
+            if not fault.retryable and not fault.begun:
+                logger.warning("the fast model cannot be asked (%s): the words alone decide", fault.type)
+                self._check = None
         self._answer_check(action, answer)
 
     def _answer_check(self, action: CheckTurn | CheckInterrupt, answer: bool | None) -> None:

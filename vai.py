@@ -1774,6 +1774,7 @@ class GatewayLive:
         self._sample_rate = 24_000
         self._response_id = ""
         self._calls: dict[asyncio.Task[None], str] = {}
+        self._closing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Raises what the gateway says to the connection or to the configuration."""
@@ -1792,11 +1793,11 @@ class GatewayLive:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.close()
-        calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        self.closed = self.closed or "client"
+        tasks = [*self._calls, *([self._closing] if self._closing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._socket is not None:
             await self._socket.close()
 
@@ -1828,7 +1829,9 @@ class GatewayLive:
                 await self._socket.send(bytes(message[at : at + self._FRAME]))
 
     def close(self, reason: str = "client") -> None:
-        self.closed = self.closed or reason
+        """Ask the gateway to end it; `session.closed` comes as it does in process."""
+        if self.closed is None and self._closing is None:
+            self._closing = asyncio.create_task(self.send({"type": "session.close"}))
 
     def _read(self, frame: str | bytes) -> live.LiveEvent | live.LiveAudio:
         """Raises `ProviderError` for what a gateway does not say."""

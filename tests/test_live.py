@@ -362,6 +362,7 @@ def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
                 await talk.send("input.text", text=f"[say {text}]")
                 await talk.until("audio.done")
                 assert not talk.told("response.interrupted")
+                assert len(talk.told("audio.pause")) <= 1
                 assert talk.audio() == speech(text)
                 await asyncio.sleep(1)
                 assert len(talk.told("input.committed")) == 1
@@ -961,7 +962,7 @@ async def test_clients(mode: str, blocking: bool, serve: Serve, sandbox: Sandbox
             async for event in session:
                 events.append(event)
                 if event.type == "audio.done":
-                    await session.send({"type": "session.close"})
+                    session.close()
             assert session.closed == "client"
 
     def talk_without_await() -> None:
@@ -971,7 +972,7 @@ async def test_clients(mode: str, blocking: bool, serve: Serve, sandbox: Sandbox
             for event in session:
                 events.append(event)
                 if event.type == "audio.done":
-                    session.send({"type": "session.close"})
+                    session.close()
             assert session.closed == "client"
 
     await (asyncio.to_thread(talk_without_await) if blocking else talk())
