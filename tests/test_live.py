@@ -22,7 +22,7 @@ from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_conf
 from sandbox import Sandbox, speech
 from voice import Resampler
 
-SPEED = 4.0
+SPEED = 8.0
 FRAME = 640  # bytes of 20 ms at 16 kHz
 TINY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -434,6 +434,20 @@ def test_the_fast_model_says_no() -> None:
             await talk.until("input.committed", forced=True)
             assert now() - silent > 0.9
             await talk.until("audio.done")
+
+    quick(work())
+
+
+def test_a_fast_model_that_cannot_be_had() -> None:
+    """It is asked once; the words alone decide."""
+
+    async def work() -> None:
+        async with talking(voice={**NO_GRACE, "vad": {**VAD["vad"], "model": "groq/not-exist"}}) as talk:
+            for _ in range(2):
+                await talk.say("[say Right.]")
+                await talk.until("input.committed", forced=False)
+                await talk.until("audio.done")
+            assert [request.provider for request in talk.sandbox.requests].count("groq") == 1
 
     quick(work())
 
