@@ -488,6 +488,8 @@ class Echo:
         return len(self._known) >= _ECHO_LESSON and self.gain >= _HALF_DUPLEX
 
     def _source(self, frame: int) -> float:
+        if not self._levels:
+            return 0.0
         return max((self._levels.get(at, 0.0) for at in range(frame - _REACH + 1, frame + 1)), default=0.0)
 
     def _take_stock(self) -> None:
@@ -2936,6 +2938,7 @@ def _ran(prior: Iterable[tuple[str, list[JSON]]]) -> Iterator[tuple[tuple[str, s
 _AHEAD = 1.0  # seconds of audio that the client has before they are heard
 _PIECE = 0.1  # seconds of audio in one `LiveAudio`
 _SLICE = 3200  # bytes of the microphone's audio at `RATE` that are judged at once: 100 ms
+_TO_STT = 1280  # bytes of it that go to the speech service at once, if not more: 40 ms
 _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken from the speech service
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
@@ -3511,6 +3514,8 @@ class LiveSession:
             piece = pcm[at : at + _SLICE]
             if self._deaf():
                 piece = bytes(len(piece))
+            if at:
+                await asyncio.sleep(0)  # others' turn
             self._microphone += len(piece) // 2
             self._to_stt.put_nowait(piece)
             for event in await self._detector.feed(piece):
@@ -3519,7 +3524,6 @@ class LiveSession:
                 else:
                     self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
                 self._feed(event)
-            await asyncio.sleep(0)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
@@ -3528,18 +3532,19 @@ class LiveSession:
 
     async def _write(self) -> None:
         """To the speech service, in order."""
+        held = bytearray()
         while True:
-            piece, pieces = await self._to_stt.get(), []
-            while piece is not None:
-                pieces.append(piece)
-                if self._to_stt.empty():
-                    break
-                piece = self._to_stt.get_nowait()
+            piece = await self._to_stt.get()
+            if piece is not None:
+                held += piece
+                if len(held) < _TO_STT or not self._to_stt.empty():
+                    continue
+            data, held = bytes(held), bytearray()
             if self._missed is not None:
-                self._missed.feed(b"".join(pieces))
+                self._missed.feed(data)
                 continue
-            if pieces:
-                await self._stt.send(b"".join(pieces))
+            if data:
+                await self._stt.send(data)
             if piece is None:
                 await self._stt.finalize()
 

@@ -1812,6 +1812,21 @@ def check_upgrade(request: web.Request) -> None:
         raise InvalidRequestError(f"the only subprotocol is {PROTOCOL}", code="websocket")
 
 
+async def apart(work: Coroutine[Any, Any, None]) -> None:
+    """Do it in a task of its own, which is cancelled with this one.
+
+    The traceback of a cancelled request is in a cycle with it (aiohttp's request holds its task): what its frames hold
+    stays until the garbage is collected, so that a whole session must not be among it.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        del task
+
+
 class LiveSocket:
     """One caller's WebSocket, and the session behind it."""
 
@@ -1839,8 +1854,7 @@ class LiveSocket:
         try:
             message = await self._first()
             if message is not None:
-                async with await self._open(message) as self._session:
-                    await self._talk(self._session)
+                await apart(self._hold(message))
         except ConnectionError:  # the client is gone
             pass
         except asyncio.CancelledError:
@@ -1851,7 +1865,8 @@ class LiveSocket:
             await self._fail(error_of(raised, self._request.path))
         finally:
             self._settle()
-        await self._close(CLOSING.get(self._tally.closed, 1011))
+            self._session = None
+            await self._close(CLOSING.get(self._tally.closed, 1011))  # also of a client that is gone: it ends the pings
         return self._socket
 
     def end(self) -> None:
@@ -1903,14 +1918,21 @@ class LiveSocket:
             session_id=self._exchange.id,
         )
 
+    async def _hold(self, message: bytes | JSON) -> None:
+        async with await self._open(message) as self._session:
+            await self._talk(self._session)
+
     async def _talk(self, session: live.LiveSession) -> None:
+        tasks = (asyncio.create_task(self._read(session)), asyncio.create_task(self._write(session)))
         try:
-            async with asyncio.TaskGroup() as group:
-                reading, writing = group.create_task(self._read(session)), group.create_task(self._write(session))
-                reading.add_done_callback(lambda _: writing.cancel())
-                writing.add_done_callback(lambda _: reading.cancel())
-        except ExceptionGroup as several:
-            raise several.exceptions[0] from None
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
     # -- from the client --
 
@@ -2776,16 +2798,16 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.on_response_prepare.append(gateway.mark)
 
     async def running(app: web.Application) -> AsyncIterator[None]:
-        watch = asyncio.create_task(watch_loop(gateway.metrics))
-        gateway.loop = asyncio.get_running_loop()
-        engine.transport.bind()
-        if gateway.rates.shared:
-            await gateway.rates.shared.start()
         if config.live.detector != "auto":
             try:
                 await gateway.detectors.start()
             except live.DetectorError as fault:
                 raise ConfigError(f"live.detector: {fault}") from None
+        watch = asyncio.create_task(watch_loop(gateway.metrics))
+        gateway.loop = asyncio.get_running_loop()
+        engine.transport.bind()
+        if gateway.rates.shared:
+            await gateway.rates.shared.start()
         yield
         await gateway.detectors.close()
         if gateway.rates.shared:

