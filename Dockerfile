@@ -1,7 +1,7 @@
 FROM python:3.13-slim
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE providers.py vai.py server.py sandbox.py voice.py live.py ./
-RUN pip install --no-cache-dir '.[server,voice,redis]' && rm -rf /src/*
+RUN pip install --no-cache-dir '.[server,voice,live,redis]' && rm -rf /src/*
 
 # A vai.toml mounted at /etc/vai is read from here.
 WORKDIR /etc/vai

@@ -16,11 +16,13 @@ Contents (`grep -n '^# == '` lists the sections):
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -29,24 +31,73 @@ import math
 import operator
 import os
 import re
+import secrets
 import signal
 import struct
 import sys
+import threading
 import unicodedata
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, TypeAlias, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeAlias, cast
 
 from pydantic import BeforeValidator, Field
 
 if TYPE_CHECKING or not __package__:
     import voice
-    from providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from providers import (
+        JSON,
+        Accumulator,
+        APIError,
+        AudioDelta,
+        AudioError,
+        ContentBlockDelta,
+        ContentBlockStart,
+        Error,
+        InvalidRequestError,
+        MessageStop,
+        ProviderError,
+        ProviderTimeoutError,
+        StreamEvent,
+        Text,
+        TextDelta,
+        TranscriptDelta,
+        parse_request,
+    )
     from voice import STTEvent, VoiceInput, VoiceOutput, Word
 else:
     from . import voice
-    from .providers import JSON, Error, InvalidRequestError, ProviderTimeoutError
+    from .providers import (
+        JSON,
+        Accumulator,
+        APIError,
+        AudioDelta,
+        AudioError,
+        ContentBlockDelta,
+        ContentBlockStart,
+        Error,
+        InvalidRequestError,
+        MessageStop,
+        ProviderError,
+        ProviderTimeoutError,
+        StreamEvent,
+        Text,
+        TextDelta,
+        TranscriptDelta,
+        parse_request,
+    )
     from .voice import STTEvent, VoiceInput, VoiceOutput, Word
 
 __version__ = "0.1.0"
@@ -58,6 +109,7 @@ __all__ = [
     "FRAME",
     "RATE",
     "Action",
+    "Answer",
     "AnswerEvent",
     "Ask",
     "AudioDone",
@@ -68,8 +120,10 @@ __all__ = [
     "AudioSent",
     "Call",
     "CallTool",
+    "CallableTool",
     "CancelRun",
     "CancelTool",
+    "Check",
     "CheckInterrupt",
     "CheckTurn",
     "Committed",
@@ -99,8 +153,11 @@ __all__ = [
     "InterruptSettings",
     "Interrupted",
     "Ledger",
+    "LiveAudio",
     "LiveConfig",
+    "LiveEvent",
     "LiveInput",
+    "LiveSession",
     "LiveVoice",
     "Meter",
     "OnnxSilero",
@@ -111,6 +168,7 @@ __all__ = [
     "PySilero",
     "Refused",
     "ReleaseRun",
+    "Reply",
     "ResumeAudio",
     "Room",
     "RunFailed",
@@ -149,6 +207,7 @@ __all__ = [
     "is_stop",
     "ran_messages",
     "read_config",
+    "read_message",
     "takes_time",
     "words",
 ]
@@ -429,6 +488,8 @@ class Echo:
         return len(self._known) >= _ECHO_LESSON and self.gain >= _HALF_DUPLEX
 
     def _source(self, frame: int) -> float:
+        if not self._levels:
+            return 0.0
         return max((self._levels.get(at, 0.0) for at in range(frame - _REACH + 1, frame + 1)), default=0.0)
 
     def _take_stock(self) -> None:
@@ -2083,6 +2144,7 @@ class TurnTaker:
         self._out, self._now = [], now
         if self._contact is None:
             self._contact = now
+            self._evaluate()
         if isinstance(event, AudioReceived):  # fifty times a second
             self._audio_at = self._contact = now
             event = Tick()
@@ -2438,6 +2500,9 @@ class TurnTaker:
         if self._commit_by is not None:
             return self._barge_in_by_hand(turn, self._commit_by)
         if self._words.fresh:
+            if run.audible and not self._voice and is_echo(self._words.fresh, self._spoken(turn, self._words.fresh)):
+                self._words.dismiss()  # too quiet to be the user, and it is our own words
+                return True
             if turn.grace is not None and not run.audible:
                 return self._extend(turn)
             if not run.audible and is_backchannel(self._words.fresh, self._language):
@@ -2543,7 +2608,7 @@ class TurnTaker:
     def _decide(self, turn: _Turn, capture: _Capture) -> bool:
         """Whether what is said over the answer is meant to end it. The audio waits, and nothing of it is lost."""
         text = self._words.fresh
-        spoken = turn.run.ledger.near(self._now, 3.0) if turn.run.audible else ""
+        spoken = self._spoken(turn, text)
         echo = is_echo(text, spoken)
         if text and (self._commit_by is not None or self._is_stop(text, echo)):
             self._interrupt(turn)
@@ -2565,6 +2630,11 @@ class TurnTaker:
             self._interrupt(turn)
             return True
         return self._ask_whether_meant(turn, capture, text, spoken, last)
+
+    def _spoken(self, turn: _Turn, text: str) -> str:
+        """What of the answer could come back as this text."""
+        seconds = 3.0 + len(text) / Ledger.CHARACTERS_A_SECOND
+        return turn.run.ledger.near(self._now, seconds) if turn.run.audible else ""
 
     def _is_stop(self, text: str, echo: bool) -> bool:
         """Our own "stop the car" is no stop word; "stop" is, whoever else says it."""
@@ -2857,6 +2927,1295 @@ def _ran(prior: Iterable[tuple[str, list[JSON]]]) -> Iterator[tuple[tuple[str, s
 
 
 # == Session ===========================================================================================================
+# The I/O around the turn taker: one conversation. It knows neither providers nor sockets of clients;
+# `vai.Direct.live_session` makes one from a configuration, for `AsyncClient.live` and for the gateway alike.
+#
+#     send ─► listening: detector, speech to text ─┐                        ┌─► _Response: model, tools, speech ─┐
+#                  messages of the client ─────────┴─► TurnTaker ─► perform ┴─► LiveEvent ─┐                     │
+#                                                         ▲                                ├─► iterate   audio ──┤
+#                                                         └── what became of it ◄──────────┴─────────────────────┘
+
+_AHEAD = 1.0  # seconds of audio that the client has before they are heard
+_PIECE = 0.1  # seconds of audio in one `LiveAudio`
+_SLICE = 3200  # bytes of the microphone's audio at `RATE` that are judged at once: 100 ms
+_TO_STT = 1280  # bytes of it that go to the speech service at once, if not more: 40 ms
+_UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken from the speech service
+_UNTOLD = 256  # events that nobody has taken: the model is not read on …
+_MOST_UNTOLD = 4096  # … and the session ends
+_WAITING = 64  # messages and frames of the client's that wait
+_MISSED = 3.0  # seconds of audio that are kept while there is no speech service to hear them
+_SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
+_MOST_TEXT = 20_000  # characters of a typed text
+_GOODBYE = 0.08  # seconds for closing a socket
+
+_ASK_FINISHED = (
+    "You listen to a user who talks to a voice assistant. You are given what the user has said since the assistant "
+    "last spoke; speech recognition may have got words and punctuation wrong. Has the user finished, so that the "
+    "assistant should answer now? A question, a request or a statement that can stand for itself is finished, and so "
+    "is a short answer. It is not finished where it breaks off, ends in a conjunction, or announces more. "
+    "Answer YES or NO, nothing else."
+)
+_ASK_MEANT = (
+    "A voice assistant is speaking, and the user says something meanwhile; speech recognition may have got words "
+    "wrong. Does the user want the assistant to stop and listen? A question, a correction, a new request or an "
+    "objection does. An acknowledgement, a murmur, words to somebody else or noise does not. "
+    "Answer YES or NO, nothing else."
+)
+
+
+@dataclass(slots=True)
+class LiveEvent:
+    """What a session says: `data` is the object on the wire, its `type` included.
+
+    async for event in session:
+        if event.type == "transcript.delta":
+            print(event["delta"])
+    """
+
+    type: str
+    data: JSON = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.data.get(name, default)
+
+    def to_wire(self) -> JSON:
+        return self.data
+
+
+@dataclass(slots=True)
+class LiveAudio:
+    """A piece of the answer's audio, PCM s16le mono: whole samples, 100 ms or less. A binary frame on the wire."""
+
+    response_id: str
+    data: bytes = field(repr=False)
+    sample_rate: int
+    type: ClassVar[Literal["audio_delta"]] = "audio_delta"
+
+    @property
+    def seconds(self) -> float:
+        return voice.duration(self.data, self.sample_rate)
+
+    def to_wire(self) -> JSON:
+        """`audio_delta`, for who wants JSON (`audio_out.transport`)."""
+        delta = AudioDelta(self.data, "pcm", self.sample_rate)
+        return {**delta.to_wire(), "response_id": self.response_id}
+
+
+class Answer(Protocol):
+    """A model's message coming in: lists of events, up to its `message_stop`, or the `Error` that ended it."""
+
+    def __aiter__(self) -> AsyncIterator[list[StreamEvent]]: ...
+    async def __anext__(self) -> list[StreamEvent]: ...
+    async def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+Reply: TypeAlias = Callable[[list[JSON], bool], Awaitable[Answer]]
+"""Asks the model: messages, and whether it may use tools. Raises an `Error`."""
+
+Check: TypeAlias = Callable[[str, str, str], Awaitable[str]]
+"""Asks a fast model: its name or `auto`, instructions, question. The answer's text. Raises an `Error`."""
+
+CallableTool: TypeAlias = Callable[[JSON], Awaitable[tuple[str | list[JSON], bool]]]
+"""Calls a tool with its input. What a `tool_result` holds: content, and whether it is an error."""
+
+
+# -- What the client says --
+
+
+def read_message(message: JSON) -> InputEvent | Playback | ToolReturned:
+    """A message of the client's as an event. Raises `InvalidRequestError` whose `param` is the field."""
+    match message.get("type"):
+        case "input.commit":
+            return InputCommit()
+        case "input.interrupt":
+            return InputInterrupt(_text_field(message, "transcript", ""))
+        case "input.text":
+            return InputText(_text_field(message, "text"))
+        case "input.content":
+            return InputContent(_content_field(message.get("content")))
+        case "tool_result":
+            return _read_result(message)
+        case "playback":
+            played = message.get("played_ms")
+            if not isinstance(played, (int, float)) or isinstance(played, bool) or not 0 <= played < math.inf:
+                raise InvalidRequestError("played_ms: must be a number of milliseconds", param="played_ms")
+            return Playback(_text_field(message, "response_id"), played / 1000)
+        case "session.update":
+            text = "a session's configuration cannot be changed: open another one"
+            raise InvalidRequestError(text, param="type", code="unsupported_message")
+        case "session.configure":
+            raise InvalidRequestError("the session is configured already", param="type", code="already_configured")
+        case str(kind):
+            raise InvalidRequestError(f"unknown message: {kind[:100]}", param="type", code="unknown_message")
+        case _:
+            raise InvalidRequestError("type: is required", param="type")
+
+
+def _text_field(message: JSON, name: str, default: str | None = None) -> str:
+    value = message.get(name, default)
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name}: must be a string", param=name)
+    if len(value) > _MOST_TEXT:
+        raise InvalidRequestError(f"{name}: at most {_MOST_TEXT} characters", param=name, code="text_too_long")
+    return value
+
+
+def _content_field(content: object) -> list[JSON]:
+    if not isinstance(content, list):
+        raise InvalidRequestError("content: must be a list of blocks", param="content")
+    if content:
+        _check_messages([{"role": "user", "content": content}], "messages[0].")
+    return content
+
+
+def _read_result(message: JSON) -> ToolReturned:
+    content, is_error = message.get("content", ""), message.get("is_error", False)
+    if not isinstance(is_error, bool):
+        raise InvalidRequestError("is_error: must be a boolean", param="is_error")
+    result = ToolReturned(_text_field(message, "tool_use_id"), content, is_error)
+    use = {"type": "tool_use", "id": "call", "name": "tool", "input": {}}
+    answer = {"type": "tool_result", "tool_use_id": "call", "content": content}
+    asked: list[JSON] = [{"role": "user", "content": "."}, {"role": "assistant", "content": [use]}]
+    _check_messages([*asked, {"role": "user", "content": [answer]}], "messages[2].content[0].")
+    return result
+
+
+def _check_messages(messages: list[JSON], place: str) -> None:
+    """Raises `InvalidRequestError` for what no model could be asked; `place` is left out of its `param`."""
+    try:
+        parse_request({"model": "openai/any", "messages": messages})
+    except InvalidRequestError as fault:
+        message, param = fault.message.replace(place, ""), (fault.param or "").replace(place, "")
+        raise InvalidRequestError(message, param=param or None, code=fault.code) from None
+
+
+# -- An answer --
+
+
+class _Response:
+    """A run of the model: its steps, its tools, its speech, and the audio that waits to be sent."""
+
+    def __init__(self, session: LiveSession, response_id: str, held: bool) -> None:
+        self.id = response_id
+        self.audio = bytearray()  # not sent yet
+        self.until = 0.0  # when all that was sent will have been heard, if nothing stops it
+        self.left = 0.0  # seconds of that, when it was paused
+        self.recent = PreRoll(_AHEAD + 2 * _PIECE, session._rate)  # what was sent of late
+        self._session = session
+        self._held = held
+        self._pending: list[StreamEvent] = []
+        self._tools = True  # in this step
+        self._message = Accumulator()
+        self._parts = voice.SpokenParts()
+        self._between = ""  # what was said before and what comes next
+        self._unsaid: asyncio.Queue[str | None] = asyncio.Queue()
+        self._space = asyncio.Event()
+        self._speaks = False
+        self._cancelled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[str, asyncio.Task[None]] = {}
+
+    # -- the model --
+
+    def ask(self, messages: list[JSON], tools: bool) -> None:
+        self._message, self._tools = Accumulator(), tools
+        self._spawn(functools.partial(self._ask, messages, tools))
+
+    def release(self) -> None:
+        """The turn is committed, and the client told so."""
+        self._held = False
+        pending, self._pending = self._pending, []
+        for event in pending:
+            self._take(event)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self.audio.clear()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _ask(self, messages: list[JSON], tools: bool) -> None:
+        try:
+            answer = await self._session._reply(messages, tools)
+            try:
+                async for events in answer:
+                    for event in events:
+                        await self._session._told()
+                        self._take(event)
+                await answer.finish()
+            finally:
+                answer.close()
+        except Error as fault:
+            self._session._feed(RunFailed(self.id, fault))
+
+    def _take(self, event: StreamEvent) -> None:
+        if self._cancelled or isinstance(event, (AudioDelta, AudioError, TranscriptDelta)):
+            return
+        if isinstance(event, (ContentBlockStart, ContentBlockDelta)):
+            self._session._feed(FirstToken(self.id))
+        if self._held:
+            self._pending.append(event)
+            return
+        self._message.add(event)
+        self._session._tell({**event.to_wire(), "response_id": self.id})
+        match event:
+            case ContentBlockStart(content_block=Text(text=piece)) | ContentBlockDelta(delta=TextDelta(piece)):
+                self._say(self._parts.feed(piece))
+            case ContentBlockStart():
+                self._pause()
+            case MessageStop():
+                self._end_step()
+
+    def _end_step(self) -> None:
+        self._pause()
+        message = self._message.message
+        content = [block.to_wire() for block in message.content] if message else []
+        stop_reason = (message and message.stop_reason) or "end_turn"
+        calls = any(block.get("type") == "tool_use" for block in content)
+        last = not self._tools or (not calls and stop_reason != "pause_turn")
+        self._session._feed(StepEnded(self.id, content, stop_reason))
+        if last and self._speaks:
+            self._unsaid.put_nowait(None)
+        elif last:
+            self._session._feed(SpeechEnded(self.id))
+
+    # -- its tools --
+
+    def call(self, action: CallTool, run: CallableTool) -> None:
+        self._calls[action.id] = self._spawn(functools.partial(self._call, action, run))
+
+    def cancel_call(self, call_id: str) -> None:
+        if task := self._calls.pop(call_id, None):
+            task.cancel()
+
+    async def _call(self, action: CallTool, run: CallableTool) -> None:
+        content, is_error = await run(action.input)
+        self._session._feed(ToolReturned(action.id, content, is_error))
+
+    # -- its speech --
+
+    def take_audio(self, size: int) -> bytes:
+        """The next bytes to be sent."""
+        data = bytes(self.audio[:size])
+        del self.audio[:size]
+        self._space.set()
+        return data
+
+    def _pause(self) -> None:
+        """Something else comes between: what was said so far is whole."""
+        self._say(self._parts.close())
+        self._parts = voice.SpokenParts()
+        self._between = "\n" if self._speaks else ""
+
+    def _say(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            text, self._between = self._between + part, ""
+            self._unsaid.put_nowait(text)
+            self._session._feed(Said(self.id, text))
+            if not self._speaks:
+                self._speaks = True
+                self._spawn(self._speak)
+
+    async def _speak(self) -> None:
+        session = self._session
+        try:
+            async with session._voice.context(session._output) as context:
+                saying = asyncio.create_task(self._say_all(context))
+                try:
+                    async for event in context:
+                        if isinstance(event, voice.WordTimes):
+                            session._feed(Timed(self.id, event.words))
+                        elif isinstance(event, voice.Audio):
+                            await self._keep(event.data)
+                finally:
+                    saying.cancel()
+                    await asyncio.gather(saying, return_exceptions=True)
+            session._feed(SpeechEnded(self.id))
+        except Error as fault:
+            session._feed(SpeechFailed(self.id, fault))
+
+    async def _keep(self, pcm: bytes) -> None:
+        while len(self.audio) > _UNSENT:
+            self._space.clear()
+            await self._space.wait()
+        self.audio += pcm
+        self._session._feed(AudioMade(self.id, voice.duration(pcm, self._session._rate)))
+        self._session._more.set()
+
+    async def _say_all(self, context: voice.TTSContext) -> None:
+        with contextlib.suppress(Error):  # iterating the context raises it
+            while (part := await self._unsaid.get()) is not None:
+                await context.say(part)
+            await context.end()
+
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        task = self._session._spawn(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+# -- The session --
+
+
+class LiveSession:
+    """A conversation: audio and messages in by `send`, events out by iterating.
+
+        async with session:                          # connects to the speech service; raises its `Error`
+            asyncio.create_task(microphone(session))     # await session.send(pcm), as it comes
+            async for event in session:                  # session.created … session.closed
+                ...
+
+    One task iterates, any may send. Events are `LiveAudio` and `LiveEvent`. Audio comes as it is due, about a second
+    ahead of what is heard, and only while somebody iterates: who sends it on over a socket waits for the socket.
+    Leaving the block ends all that the session does.
+
+    In `turn.metrics`, `speech_end_ms` counts from the beginning of the session and the others from there (from the
+    decision, where nothing was spoken); null for what never came.
+
+    `reply` and `check` ask the model and a fast one; without `check`, the words alone decide. `hear` and `speak` open
+    the speech service, `detect` a detector. `tools` are called here, those that are not among them by the client
+    (`tool_use`); `side_effects` names those that wait for the end of the grace period.
+    """
+
+    def __init__(
+        self,
+        config: LiveConfig,
+        *,
+        reply: Reply,
+        hear: Callable[[], voice.STTSession],
+        speak: Callable[[], voice.TTSSession],
+        detect: Callable[[Sensitivity, Echo], SessionDetector],
+        check: Check | None = None,
+        tools: Mapping[str, CallableTool] | None = None,
+        side_effects: Collection[str] = (),
+        clock: Callable[[], float] | None = None,
+        timing: Timing = Timing(),
+        max_duration: float = 7200.0,
+        session_id: str | None = None,
+    ) -> None:
+        self.id = session_id or f"live_{secrets.token_hex(12)}"
+        self.config = config
+        self.closed: str | None = None  # why it ended: the reason of `session.closed`
+        self._reply, self._hear, self._speak, self._detect, self._check = reply, hear, speak, detect, check
+        self._tools, self._side_effects = tools or {}, side_effects
+        self._clock = clock or asyncio.get_running_loop().time
+        self._timing, self._max_duration = timing, max_duration
+        settings = config.voice
+        self._rate = config.audio_out.sample_rate
+        self._output = settings.output.model_copy(update={"sample_rate": self._rate, "format": "pcm"})
+        self._echo = Echo(self._rate, settings.interrupt.energy_threshold)
+        self._began = 0.0
+        self._reopened = 0
+
+        self._in: collections.deque[bytes | JSON] = collections.deque()
+        self._arrived, self._space, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._pace = Pace(0.0)
+        self._odd = b""
+        self._resampler = voice.Resampler(config.audio_in.sample_rate, RATE)
+        self._microphone = 0  # samples at `RATE` so far
+        self._missed: PreRoll | None = None  # what came while there was no speech service
+        self._to_stt: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: `finalize`
+
+        self._events: collections.deque[Event] = collections.deque()
+        self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+        self._responses: dict[str, _Response] = {}
+        self._released: _Response | None = None
+        self._playing: _Response | None = None
+        self._paused = False
+        self._checks: dict[type[Action], asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        self._out: collections.deque[LiveEvent] = collections.deque()
+        self._more = asyncio.Event()  # something to iterate
+        self._taken = asyncio.Event()  # something was taken
+        self._over = False  # `session.closed` was taken
+
+    @property
+    def state(self) -> State:
+        return self._turns.state
+
+    @property
+    def messages(self) -> list[JSON]:
+        """The conversation so far as a request has it: of answers, what was heard."""
+        return self._turns.messages
+
+    @property
+    def reconnects(self) -> int:
+        """How often a socket to the speech service was made anew."""
+        return self._reopened + self._stt.reconnects + self._voice.reconnects
+
+    # -- Begin and end --
+
+    async def __aenter__(self) -> Self:
+        """Raises the speech service's `Error`, or `InvalidRequestError` for what it cannot do."""
+        detection = self.config.voice.input.turn_detection
+        self._stt, self._voice = self._hear(), self._speak()
+        if detection == "stt" and not self._stt.turns:
+            param = "config.voice.input.turn_detection"
+            raise InvalidRequestError(f"{param}: this speech model does not find the ends of turns", param=param)
+        connecting = asyncio.create_task(self._voice.connect())
+        try:
+            await self._stt.__aenter__()
+            await connecting
+        except BaseException:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await self._hang_up()
+            raise
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
+        settings = self.config.voice
+        stop = min(Sensitivity().stop, max(settings.vad.silence_duration_ms / 1000, 2 * FRAME / RATE))
+        sensitivity = Sensitivity(floor_ceiling=settings.vad.energy_threshold, stop=stop)
+        self._detector = self._detect(sensitivity, self._echo)
+        self._turns = TurnTaker(
+            settings,
+            stt_turns=self._stt.turns,
+            side_effects=self._side_effects,
+            history=self.config.messages,
+            timing=self._timing,
+        )
+        now = self._began = self._clock()
+        self._pace = Pace(now)
+        shown = self.config.model_dump(mode="json", exclude={"provider_keys"}, exclude_none=True)
+        self._tell({"type": "session.created", "session_id": self.id, "config": shown})
+        self._tell({"type": "state", "state": self.state.value})
+        self._tell({"type": "vad.listening"})
+        self._feed(Tick())
+        for work in (self._listen, self._write, self._read, self._expire):
+            self._spawn(work)
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._detector.close()
+        await self._hang_up()
+
+    def close(self, reason: str = "client") -> None:
+        """End it: `session.closed` with this reason is the last event. The first reason counts."""
+        if self.closed is not None:
+            return
+        self._tell({"type": "session.closed", "reason": reason})
+        self.closed = reason
+        self._playing = None
+        self._in.clear()
+        self._events.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        for response in self._responses.values():
+            response.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._space.set()
+        self._ended.set()
+
+    async def _hang_up(self) -> None:
+        """Says goodbye to the speech service; what takes longer is cut off."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE):
+                await asyncio.gather(self._stt.close(), self._voice.close())
+
+    async def _expire(self) -> None:
+        await asyncio.sleep(self._max_duration)
+        self.close("max_duration")
+
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """What nobody has thought of ends the session, not the program."""
+        try:
+            await work()
+        except Exception as fault:
+            self._give_up(fault)
+
+    def _give_up(self, fault: Exception) -> None:
+        logger.error("unexpected %s", type(fault).__name__, exc_info=fault)
+        self._tell_error(APIError("internal error"), fatal=True)
+        self.close("error")
+
+    # -- In --
+
+    async def send(self, message: bytes | JSON) -> None:
+        """Audio (PCM at `audio_in.sample_rate`, any length), or a message of the client's.
+
+        Waits while audio comes faster than it is spoken. Never raises for what is sent: what is wrong is answered by an
+        `error` event. After the end of the session it does nothing.
+        """
+        while len(self._in) >= _WAITING and self.closed is None:
+            self._space.clear()
+            await self._space.wait()
+        if self.closed is not None:
+            return
+        wait: float | None = 0.0
+        if not isinstance(message, dict):
+            message = bytes(message)
+            wait = self._pace.admit(self._clock(), voice.duration(len(message), self.config.audio_in.sample_rate))
+        if wait is None:
+            fault = InvalidRequestError("the audio comes faster than anybody speaks", code="audio_too_fast")
+            self._tell_error(fault, fatal=True)
+            self.close("audio_too_fast")
+            return
+        self._in.append(message)
+        self._arrived.set()
+        if wait:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._ended.wait()
+
+    async def _listen(self) -> None:
+        """What was sent, in its order."""
+        while True:
+            while not self._in:
+                self._arrived.clear()
+                await self._arrived.wait()
+            message = self._in.popleft()
+            self._space.set()
+            if isinstance(message, dict):
+                self._take_message(message)
+                continue
+            frames = [message]
+            while self._in and not isinstance(frame := self._in[0], dict):  # what has piled up is one piece of audio
+                frames.append(frame)
+                self._in.popleft()
+            await self._take_audio(b"".join(frames))
+
+    def _take_message(self, message: JSON) -> None:
+        if message.get("type") == "session.close":
+            self.close()
+            return
+        try:
+            event = read_message(message)
+        except InvalidRequestError as fault:
+            self._tell_error(fault)
+        else:
+            self._feed(event)
+
+    async def _take_audio(self, data: bytes) -> None:
+        data = self._odd + data
+        whole = len(data) & ~1
+        self._odd = data[whole:]
+        pcm = self._resampler.feed(data[:whole])
+        self._feed(AudioReceived())
+        for at in range(0, len(pcm), _SLICE):
+            piece = pcm[at : at + _SLICE]
+            if self._deaf():
+                piece = bytes(len(piece))
+            if at:
+                await asyncio.sleep(0)  # others' turn
+            self._microphone += len(piece) // 2
+            self._to_stt.put_nowait(piece)
+            for event in await self._detector.feed(piece):
+                if isinstance(event, SpeechStarted):
+                    self._tell({"type": "vad.speech"})
+                else:
+                    self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
+                self._feed(event)
+
+    def _deaf(self) -> bool:
+        """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
+        playing = self._playing
+        return playing is not None and not self._paused and self._echo.half_duplex and playing.until > self._clock()
+
+    async def _write(self) -> None:
+        """To the speech service, in order."""
+        held = bytearray()
+        while True:
+            piece = await self._to_stt.get()
+            if piece is not None:
+                held += piece
+                if len(held) < _TO_STT or not self._to_stt.empty():
+                    continue
+            data, held = bytes(held), bytearray()
+            if self._missed is not None:
+                self._missed.feed(data)
+                continue
+            if data:
+                await self._stt.send(data)
+            if piece is None:
+                await self._stt.finalize()
+
+    async def _read(self) -> None:
+        """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
+        while True:
+            interim = ""
+            try:
+                async for event in self._stt:
+                    if isinstance(event, voice.Transcript):
+                        interim = "" if event.is_final else event.text
+                    self._hear_words(event)
+                fault: Error = ProviderError("the speech service has ended the stream", code="connection_broken")
+            except Error as error:
+                fault = error
+            if interim:  # nobody will say more of it
+                self._hear_words(voice.Transcript(interim, True))
+            self._missed = PreRoll(_MISSED)
+            self._feed(STTFailed(fault))
+            await self._open_again(self._missed, fault)
+
+    def _hear_words(self, event: STTEvent) -> None:
+        if isinstance(event, voice.Transcript) and event.text:
+            self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
+            self._detector.detector.words()
+        self._feed(event)
+
+    async def _open_again(self, missed: PreRoll, fault: Error) -> None:
+        for attempt in itertools.count(1):
+            if not fault.retryable:
+                self._tell_error(fault, fatal=True)
+                self.close("error")
+                return
+            await asyncio.sleep(voice.pause_before(attempt))
+            stt = self._hear()
+            try:
+                await stt.__aenter__()
+            except Error as error:
+                fault = error
+                continue
+            break
+        old, self._stt, self._missed = self._stt, stt, None
+        self._reopened += 1 + old.reconnects
+        await stt.send(missed.last(_MISSED))
+        await old.close()
+
+    # -- The turn taker --
+
+    def _feed(self, event: Event) -> None:
+        """Something has happened. What happens while that is dealt with waits for its turn."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events and self.closed is None:
+                for action in self._turns.handle(self._clock(), self._events.popleft()):
+                    self._perform(action)
+                if (released := self._released) is not None:
+                    self._released = None
+                    released.release()
+        except Exception as fault:
+            self._give_up(fault)
+        finally:
+            self._handling = False
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        due = self._turns.deadline if self.closed is None else None
+        if due == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - self._clock()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer_at = None
+        self._feed(Tick())
+
+    def _perform(self, action: Action) -> None:
+        if self.closed is not None:
+            return
+        if told := _told(action, self._began):
+            self._tell(told)
+        match action:
+            case StateChanged(State.LISTENING):
+                self._tell({"type": "vad.listening"})
+            case FinalizeSTT():
+                self._to_stt.put_nowait(None)
+            case CheckTurn() | CheckInterrupt():
+                self._ask_fast_model(action)
+            case Committed():
+                self._detector.detector.reset()
+                self._spawn(self._warm_up)
+            case StartRun():
+                response = self._responses[action.response_id] = _Response(self, action.response_id, action.held)
+                response.ask(action.messages, True)
+            case ReleaseRun():
+                self._released = self._responses[action.response_id]
+            case ContinueRun():
+                self._responses[action.response_id].ask(action.messages, action.tools)
+            case CancelRun():
+                self._let_go(action.response_id)
+            case CallTool() if run := self._tools.get(action.name):
+                self._responses[action.response_id].call(action, run)
+            case CancelTool():
+                for response in self._responses.values():
+                    response.cancel_call(action.id)
+            case StartAudio():
+                self._start_audio(self._responses[action.response_id])
+            case PauseAudio():
+                self._pause_audio()
+            case ResumeAudio():
+                self._resume_audio()
+            case FlushAudio():
+                self._echo.stopped(self._microphone)
+            case AudioDone():
+                self._let_go(action.response_id)
+            case InterruptDismissed(reason="echo"):
+                self._echo.it_was_echo()
+            case TurnFailed(turn_id=turn_id, response_id=response_id, error=error):
+                self._tell_error(error, turn_id=turn_id, response_id=response_id)
+            case Refused():
+                self._tell_error(action.error)
+            case Idle():
+                self.close("idle_timeout")
+
+    def _let_go(self, response_id: str) -> None:
+        response = self._responses.pop(response_id)
+        response.cancel()
+        if self._playing is response:
+            self._playing, self._paused = None, False
+
+    async def _warm_up(self) -> None:
+        """The speech service closes what is idle: the socket is there before there is something to speak."""
+        with contextlib.suppress(Error):  # speaking raises it
+            await self._voice.connect()
+
+    def _ask_fast_model(self, action: CheckTurn | CheckInterrupt) -> None:
+        """One question of a kind at a time: the answer to an older one is of no use."""
+        if (asked := self._checks.pop(type(action), None)) is not None:
+            asked.cancel()
+        if self._check is None:
+            self._answer_check(action, None)
+        else:
+            self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
+
+    async def _ask_check(self, check: Check, action: CheckTurn | CheckInterrupt) -> None:
+        if isinstance(action, CheckTurn):
+            model, instructions = self.config.voice.vad.model, _ASK_FINISHED
+            asked = f"The user said:\n{action.transcript}"
+        else:
+            model, instructions = self.config.voice.interrupt.model, _ASK_MEANT
+            asked = f"The assistant was saying:\n{action.spoken}\n\nThe user said:\n{action.transcript}"
+        answer: bool | None = None
+        try:
+            async with asyncio.timeout(_SLOW_CHECK):
+                answer = _yes_or_no(await check(model, instructions, asked))
+        except TimeoutError:
+            pass
+        except Error as fault:
+            if not fault.retryable and not fault.begun:
+                logger.warning("the fast model cannot be asked (%s): the words alone decide", fault.type)
+                self._check = None
+        self._answer_check(action, answer)
+
+    def _answer_check(self, action: CheckTurn | CheckInterrupt, answer: bool | None) -> None:
+        kind = TurnChecked if isinstance(action, CheckTurn) else InterruptChecked
+        self._feed(kind(action.check_id, answer))
+
+    # -- Out --
+
+    def _tell(self, data: JSON) -> None:
+        if self.closed is not None:
+            return
+        self._out.append(LiveEvent(data["type"], data))
+        self._more.set()
+        if len(self._out) == _MOST_UNTOLD:
+            self.close("slow_client")
+
+    def _tell_error(self, fault: Error, *, fatal: bool = False, **where: str) -> None:
+        self._tell({**fault.to_wire(), "fatal": fatal, **where})
+
+    async def _told(self) -> None:
+        """Waits while the client has not taken what it was told before."""
+        while len(self._out) > _UNTOLD:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def _start_audio(self, response: _Response) -> None:
+        self._playing, self._paused = response, False
+        audio = {"response_id": response.id, "format": "pcm", "sample_rate": self._rate}
+        self._tell({"type": "audio.start", **audio})
+
+    def _pause_audio(self) -> None:
+        self._paused = True
+        if self._playing is not None:
+            self._playing.left = max(0.0, self._playing.until - self._clock())
+        self._echo.stopped(self._microphone)
+
+    def _resume_audio(self) -> None:
+        self._paused = False
+        if (playing := self._playing) is not None:
+            playing.until = self._clock() + playing.left
+            self._echo.played(playing.recent.last(playing.left), self._microphone)
+            self._more.set()
+
+    def _next_audio(self, playing: _Response) -> LiveAudio | float | None:
+        """The next piece of it; or when there may be one; or None: when something happens."""
+        if self._paused or not playing.audio:
+            return None
+        now = self._clock()
+        ahead = max(0.0, playing.until - now)
+        if ahead >= _AHEAD:
+            return ahead - _AHEAD + _PIECE / 2
+        piece = LiveAudio(playing.id, playing.take_audio(2 * round(_PIECE * self._rate)), self._rate)
+        self._echo.played(piece.data, self._microphone + ahead * RATE)
+        playing.recent.feed(piece.data)
+        playing.until = now + ahead + piece.seconds
+        self._feed(AudioSent(playing.id, piece.seconds))
+        return piece
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> LiveEvent | LiveAudio:
+        """The next event. The last is `session.closed`, whatever happened."""
+        while not self._over:
+            if self._out:
+                event = self._out.popleft()
+                self._taken.set()
+                self._over = event.type == "session.closed"
+                return event
+            found = self._next_audio(self._playing) if self._playing is not None else None
+            if isinstance(found, LiveAudio):
+                return found
+            self._more.clear()
+            waking = asyncio.get_running_loop().call_later(found, self._more.set) if found else None
+            try:
+                await self._more.wait()
+            finally:
+                if waking is not None:
+                    waking.cancel()
+        raise StopAsyncIteration
+
+
+def _told(action: Action, began: float) -> JSON | None:
+    """What the client is told of it, where that needs nothing but the action."""
+    match action:
+        case StateChanged(state=state):
+            return {"type": "state", "state": state.value}
+        case CheckTurn(transcript=transcript):
+            return {"type": "vad.analyzing", "transcript": transcript}
+        case Committed(turn_id, transcript, forced):
+            return {"type": "input.committed", "turn_id": turn_id, "transcript": transcript, "forced": forced}
+        case GraceStarted(transcript, duration):
+            return {"type": "grace_period.started", "transcript": transcript, "duration_ms": _ms(duration)}
+        case GraceExtended(turn_id, previous, new):
+            words = {"previous_transcript": previous, "new_transcript": new}
+            return {"type": "grace_period.extended", "turn_id": turn_id, **words}
+        case GraceExpired():
+            return {"type": "grace_period.expired"}
+        case CallTool(response_id, call_id, name, given):
+            return {"type": "tool_use", "response_id": response_id, "id": call_id, "name": name, "input": given}
+        case PauseAudio(response_id, position):
+            return {"type": "audio.pause", "response_id": response_id, "position_ms": _ms(position)}
+        case ResumeAudio(response_id, position):
+            return {"type": "audio.resume", "response_id": response_id, "position_ms": _ms(position)}
+        case FlushAudio(response_id, position):
+            return {"type": "audio.flush", "response_id": response_id, "from_ms": _ms(position)}
+        case AudioDone(response_id, duration):
+            return {"type": "audio.done", "response_id": response_id, "duration_ms": _ms(duration)}
+        case InterruptDetecting():
+            return {"type": "interrupt.detecting"}
+        case InterruptCaptured(transcript):
+            return {"type": "interrupt.captured", "transcript": transcript}
+        case InterruptDismissed(transcript, reason):
+            return {"type": "interrupt.dismissed", "transcript": transcript, "reason": reason}
+        case Interrupted(turn_id, response_id, partial, transcript, position):
+            words = {"partial_text": partial, "interrupt_transcript": transcript}
+            about = {"turn_id": turn_id, "response_id": response_id}
+            return {"type": "response.interrupted", **about, **words, "audio_position_ms": _ms(position)}
+        case TurnMetrics():
+            return _metrics(action, began)
+    return None
+
+
+def _metrics(metrics: TurnMetrics, began: float) -> JSON:
+    start = metrics.decision if metrics.speech_end is None else metrics.speech_end
+    later = {name: getattr(metrics, name) for name in ("stt_final", "decision", "first_token", "first_audio")}
+    since = {
+        f"{name}_ms": None if at is None or start is None else max(0, _ms(at - start)) for name, at in later.items()
+    }
+    return {
+        "type": "turn.metrics",
+        "turn_id": metrics.turn_id,
+        "speech_end_ms": None if metrics.speech_end is None else _ms(metrics.speech_end - began),
+        **since,
+        "cancelled_runs": metrics.cancelled_runs,
+    }
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)
+
+
+def _yes_or_no(text: str) -> bool | None:
+    """What a fast model said; None where it is neither."""
+    said = words(text)
+    return {"yes": True, "no": False}.get(said[0]) if said else None
 
 
 # == Command line ======================================================================================================
+# `python live.py -m MODEL`: microphone and loudspeaker around a session, and what is said on the terminal.
+
+_BLOCK = 0.02  # seconds of audio that go in or out at once
+_REPORT = 0.25  # seconds between two `playback` messages
+_QUIET = 2.0  # seconds after the end of a file in which its last words may still become a turn
+_DEAF = 10.0  # seconds after the end of a file in which nothing at all was understood
+
+
+class Loudspeaker:
+    """What waits to be played and how much of the answer was. The event loop feeds it, a sound card's thread takes."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self._lock = threading.Lock()
+        self._waiting = bytearray()
+        self._taken = 0  # bytes of this answer
+        self._paused = False
+        self.response_id = ""
+
+    @property
+    def played(self) -> float:
+        """Seconds of this answer that were taken."""
+        return voice.duration(self._taken, self._rate)
+
+    @property
+    def empty(self) -> bool:
+        return not self._waiting
+
+    def start(self, response_id: str) -> None:
+        with self._lock:
+            self.response_id, self._taken, self._paused = response_id, 0, False
+            self._waiting.clear()
+
+    def feed(self, pcm: bytes) -> None:
+        with self._lock:
+            self._waiting += pcm
+
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+
+    def flush(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+            self._paused = False
+
+    def take(self, size: int) -> bytes:
+        """So many bytes: what is to be played now, with silence where there is none."""
+        with self._lock:
+            data = b"" if self._paused else bytes(self._waiting[:size])
+            del self._waiting[: len(data)]
+            self._taken += len(data)
+        return data + bytes(size - len(data))
+
+
+class _SoundError(Exception):
+    """There is no sound here; the message says why, and what would help."""
+
+
+class _SoundCard:
+    """Microphone and loudspeaker, by PortAudio, which calls back on threads of its own."""
+
+    def __init__(self, output_rate: int) -> None:
+        """Raises `_SoundError` where there is none."""
+        try:
+            import sounddevice
+        except ImportError:
+            raise _SoundError("sound needs sounddevice: pip install 'vai[live]', or use --wav FILE") from None
+        except OSError:
+            raise _SoundError("sound needs PortAudio (on Debian: apt install libportaudio2), or --wav FILE") from None
+        self._library: Any = sounddevice
+        self.output_rate = output_rate
+        self.sample_rate = self._input_rate()
+        self._streams: list[Any] = []
+
+    def _input_rate(self) -> int:
+        """The first rate that the microphone has."""
+        fault: Exception = OSError()
+        for rate in (16_000, 48_000, 24_000):
+            try:
+                self._library.check_input_settings(samplerate=rate, channels=1, dtype="int16")
+                self._library.check_output_settings(samplerate=self.output_rate, channels=1, dtype="int16")
+            except (self._library.PortAudioError, ValueError) as error:
+                fault = error
+            else:
+                return rate
+        raise _SoundError(f"no microphone and loudspeaker here ({' '.join(str(fault).split())}): use --wav FILE")
+
+    def start(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        loop = asyncio.get_running_loop()
+
+        def take(data: Any, frames: int, when: Any, status: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(heard, bytes(data))
+
+        def give(data: Any, frames: int, when: Any, status: Any) -> None:
+            data[:] = speaker.take(len(data))
+
+        block, kind = round(_BLOCK * self.sample_rate), {"channels": 1, "dtype": "int16"}
+        for stream in (
+            self._library.RawInputStream(samplerate=self.sample_rate, blocksize=block, callback=take, **kind),
+            self._library.RawOutputStream(samplerate=self.output_rate, latency="low", callback=give, **kind),
+        ):
+            self._streams.append(stream)
+            stream.start()
+
+    @property
+    def latency(self) -> float:
+        """Seconds from what the loudspeaker took to what is heard."""
+        return float(self._streams[1].latency) if len(self._streams) == 2 else 0.0
+
+    def stop(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+
+class _SoundFile:
+    """A recording in place of the microphone, and a clock in place of the loudspeaker."""
+
+    latency = 0.0
+
+    def __init__(self, name: str, output_rate: int) -> None:
+        """Raises `OSError`, or `InvalidRequestError` for what is no WAV file."""
+        sound = voice.read_wav(Path(name).read_bytes(), name)
+        self.output_rate = output_rate
+        self.sample_rate = sound.sample_rate if sound.sample_rate in (16_000, 24_000, 48_000) else RATE
+        resampler = voice.Resampler(sound.sample_rate, self.sample_rate)
+        pcm = voice.mono(sound.pcm, sound.channels)
+        self._pcm = resampler.feed(pcm) + resampler.close()
+        self._task: asyncio.Task[None] | None = None
+        self.over: float | None = None  # the loop's time when it had all been sent
+        self.spoken = bytearray()
+
+    def start(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        self._task = asyncio.create_task(self._run(heard, speaker))
+
+    async def _run(self, heard: Callable[[bytes], None], speaker: Loudspeaker) -> None:
+        loop = asyncio.get_running_loop()
+        began, size = loop.time(), 2 * round(_BLOCK * self.sample_rate)
+        for number in itertools.count():
+            await asyncio.sleep(began + number * _BLOCK - loop.time())
+            piece = self._pcm[number * size : (number + 1) * size]
+            if not piece and self.over is None:
+                self.over = loop.time()
+            heard(piece.ljust(size, b"\0"))
+            self.spoken += speaker.take(2 * round(_BLOCK * self.output_rate))
+
+    def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+
+    def save(self, name: str) -> None:
+        """What was heard of the answers, with the silence between them."""
+        Path(name).write_bytes(voice.wav(bytes(self.spoken), self.output_rate))
+
+
+class _Screen:
+    """The conversation line by line on standard output; on a terminal also a line that moves, on standard error."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._moving = sys.stderr.isatty()
+        self._meter = Meter()
+        self._state, self._partial = "listening", ""
+        self._answering = False  # the line of an answer is not whole yet
+
+    def heard(self, pcm: bytes) -> None:
+        self._meter.feed(voice.rms(pcm))
+        if self._moving and not self._answering:
+            bar = "█" * round((self._meter.dbfs + 60) / 3)
+            self._show(f"{self._state:12.12} {bar:<20} {self._partial[-50:]}")
+
+    def event(self, event: JSON) -> None:
+        match event:
+            case {"type": "state", "state": state}:
+                self._state = state
+            case {"type": "transcript.delta", "delta": words, "is_final": final}:
+                self._partial = "" if final else words
+            case {"type": "input.committed", "transcript": transcript}:
+                self._partial = ""
+                self._line(f"you: {transcript}")
+            case {"type": "grace_period.extended"}:
+                self._line("     (you went on)")
+            case {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}:
+                self._say(text)
+            case {"type": "tool_use", "name": name}:
+                self._line(f"     [{name}]")
+            case {"type": "response.interrupted"}:
+                self._line("     (interrupted)")
+            case {"type": "message_stop"}:
+                self._line()
+            case {"type": "error", "error": error}:
+                self._line()
+                self._show("")
+                print(f"vai: {error['message']}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._line()
+        self._show("")
+
+    def _say(self, text: str) -> None:
+        if not self._answering:
+            self._show("")
+            print(f"{self._model}: ", end="")
+            self._answering = True
+        print(text, end="", flush=True)
+
+    def _line(self, text: str | None = None) -> None:
+        """The answer's line ends, and this one comes after it."""
+        if self._answering:
+            print(flush=True)
+            self._answering = False
+        if text is not None:
+            self._show("")
+            print(text, flush=True)
+
+    def _show(self, line: str) -> None:
+        if self._moving:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+class _Talk:
+    """One conversation at the terminal."""
+
+    def __init__(self, session: Any, sound: _SoundCard | _SoundFile, screen: _Screen) -> None:
+        self._session, self._sound, self._screen = session, sound, screen
+        self._speaker = Loudspeaker(sound.output_rate)
+        self._microphone: asyncio.Queue[bytes] = asyncio.Queue(500)
+        self._state = State.LISTENING.value
+        self._open = False  # words were heard that are in no turn yet
+        self._turns = 0
+        self.failed = False
+
+    async def run(self) -> None:
+        """Until the session ends."""
+        self._sound.start(self._heard, self._speaker)
+        try:
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(self._send()), group.create_task(self._report())]
+                async for event in self._session:
+                    if event.type == "audio_delta":
+                        self._speaker.feed(event.data)
+                    else:
+                        self._take(event.to_wire())
+                for other in others:
+                    other.cancel()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        finally:
+            self._sound.stop()
+            self._screen.close()
+
+    def _heard(self, pcm: bytes) -> None:
+        self._screen.heard(pcm)
+        if not self._microphone.full():  # else the session has stood still for ten seconds
+            self._microphone.put_nowait(pcm)
+
+    async def _send(self) -> None:
+        while True:
+            await self._session.send(await self._microphone.get())
+            if self._done():
+                await self._session.send({"type": "session.close"})
+
+    async def _report(self) -> None:
+        """How much of the answer has been heard."""
+        told = ("", 0.0)
+        while True:
+            await asyncio.sleep(_REPORT)
+            played = max(0.0, self._speaker.played - self._sound.latency * (not self._speaker.empty))
+            if (now := (self._speaker.response_id, played)) != told and now[0]:
+                told = now
+                report = {"type": "playback", "response_id": now[0], "played_ms": round(1000 * played)}
+                await self._session.send(report)
+
+    def _take(self, event: JSON) -> None:
+        self._screen.event(event)
+        match event["type"]:
+            case "state":
+                self._state = event["state"]
+            case "audio.start":
+                self._speaker.start(event["response_id"])
+            case "audio.pause" | "audio.resume":
+                self._speaker.pause(event["type"] == "audio.pause")
+            case "audio.flush":
+                self._speaker.flush()
+            case "transcript.delta":
+                self._open = True
+            case "input.committed":
+                self._open = False
+                self._turns += 1
+            case "error":
+                self.failed = self.failed or bool(event["fatal"])
+
+    def _done(self) -> bool:
+        """The file is over, and what it said is answered."""
+        if not isinstance(self._sound, _SoundFile) or self._sound.over is None:
+            return False
+        since = asyncio.get_running_loop().time() - self._sound.over
+        busy = self._open or self._state != State.LISTENING.value
+        return since > _QUIET and not busy and (self._turns > 0 or since > _DEAF)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="live.py", description="Talk with any model. Ctrl-C ends.")
+    parser.add_argument("-m", "--model", default=os.environ.get("VAI_MODEL"), help="provider/model ($VAI_MODEL)")
+    parser.add_argument("-s", "--system", help="system prompt")
+    parser.add_argument("--voice", metavar="ID", help="an id of the speech service's")
+    parser.add_argument("--language", metavar="CODE", help="what is spoken (en)")
+    parser.add_argument("--wav", metavar="FILE", help="a recording in place of the microphone, and no loudspeaker")
+    parser.add_argument("-o", "--output", metavar="FILE", help="with --wav: what was heard, as a WAV file")
+    options = parser.parse_args(argv)
+    if not options.model:
+        parser.exit(2, "live.py: which model? -m provider/model, or set VAI_MODEL\n")
+    if options.output and not options.wav:
+        parser.exit(2, "live.py: --output needs --wav\n")
+    return options
+
+
+async def _converse(options: argparse.Namespace) -> bool:
+    """The conversation; whether it went well. Through the gateway that VAI_BASE_URL names, if any; else in process."""
+    if TYPE_CHECKING or not __package__:
+        import vai
+    else:
+        from . import vai
+
+    output_rate = 24_000
+    sound = _SoundFile(options.wav, output_rate) if options.wav else _SoundCard(output_rate)
+    speech: JSON = {"input": {}, "output": {}}
+    if options.language:
+        speech = {name: {"language": options.language} for name in speech}
+    if options.voice:
+        speech["output"]["voice"] = options.voice
+    fields: dict[str, Any] = {"system": options.system} if options.system else {}
+    fields |= {"audio_in": {"sample_rate": sound.sample_rate}, "audio_out": {"sample_rate": output_rate}}
+    base_url, api_key = os.environ.get("VAI_BASE_URL") or None, os.environ.get("VAI_API_KEY") or None
+    async with vai.AsyncClient(base_url=base_url, api_key=api_key) as client:
+        async with client.live(model=options.model, voice=speech, **fields) as session:
+            talk = _Talk(session, sound, _Screen(options.model))
+            await talk.run()
+    if options.output and isinstance(sound, _SoundFile):
+        sound.save(options.output)
+    return not talk.failed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python live.py -m MODEL`. Exit codes: 0, 1 for an error or no sound, 2 for usage, 130 for Ctrl-C."""
+    options = _arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        good = asyncio.run(_converse(options))
+    except (_SoundError, Error, OSError) as fault:
+        whose = f"{fault.provider}: " if isinstance(fault, Error) and fault.provider else ""
+        print(f"vai: {whose}{' '.join(str(fault).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(fault, InvalidRequestError) and fault.provider is None else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":  # through the module, so that script and module are not two different things
+    importlib.import_module(f"{__package__}.live" if __package__ else "live").main()

@@ -9,7 +9,7 @@ several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`
 
 Contents (`grep -n '^# == '` lists the sections):
     configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs · metrics
-    errors and responses · connections · the endpoints · the OpenAPI document · the app · main
+    errors and responses · connections · live sessions · the endpoints · the OpenAPI document · the app · main
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING or not __package__:
+    import live
     import providers
     import vai
     import voice
     from providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 else:
-    from . import providers, vai, voice
+    from . import live, providers, vai, voice
     from .providers import JSON, PROVIDERS, Error, InvalidRequestError, sse_frame
 if TYPE_CHECKING:
     from pydantic_core import core_schema
@@ -185,6 +186,14 @@ class MetricsSection(_Section):
     require_key: bool = False
 
 
+class LiveSection(_Section):
+    max_sessions: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    idle_timeout: Seconds = 300
+    max_duration: Seconds = 7200
+    detector: Literal["auto", "onnx", "pysilero", "energy"] = "auto"
+    detector_model: Annotated[str, Field(min_length=1)] | None = None
+
+
 class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] | None = None
@@ -203,6 +212,7 @@ class Config(_Section):
     sse: SSESection = SSESection()
     cors: CORSSection = CORSSection()
     metrics: MetricsSection = MetricsSection()
+    live: LiveSection = LiveSection()
     log: LogSection = LogSection()
 
 
@@ -236,6 +246,7 @@ OPTIONS = (
     Option("cors.allow_credentials", "VAI_CORS_CREDENTIALS"),
     Option("metrics.enabled", "VAI_METRICS"),
     Option("metrics.require_key", "VAI_METRICS_REQUIRE_KEY"),
+    *(Option(f"live.{name}", f"VAI_LIVE_{name.upper()}") for name in LiveSection.model_fields),
     Option("log.level", "VAI_LOG_LEVEL", "--log-level", "debug, info, warning or error (info)"),
     Option("log.format", "VAI_LOG_FORMAT", "--log-format", "json or text (text on a terminal)"),
 )
@@ -495,12 +506,31 @@ class Callers:
 def presented_key(request: web.Request) -> providers.Secret | None:
     """The credential of a request. As at Anthropic, `X-API-Key` goes before `Authorization`; two of a kind are none."""
     given = request.headers.getall("X-API-Key", [])
-    if not given:
+    if not given and request.path == LIVE and "Authorization" not in request.headers:
+        given = page_key(request)
+    elif not given:
         values = request.headers.getall("Authorization", [])
         given = [found[1] for value in values if (found := re.fullmatch(r"(?i:bearer) +(\S+)", value.strip()))]
         if len(given) != len(values):
             return None
     return providers.Secret(given[0].strip()) if len(given) == 1 else None
+
+
+LIVE = "/v1/messages/live"
+PROTOCOL = "vai.live"  # what follows is its companion, which brings a key
+KEY_PROTOCOL = "vai.key."
+
+
+def subprotocols(request: web.Request) -> list[str]:
+    """What the client of a WebSocket offers to speak."""
+    offered = ",".join(request.headers.getall("Sec-WebSocket-Protocol", ()))
+    return [name.strip() for name in offered.split(",") if name.strip()]
+
+
+def page_key(request: web.Request) -> list[str]:
+    """The credential of a web page, which cannot set headers on a WebSocket: a subprotocol's, else the query's."""
+    offered = [name.removeprefix(KEY_PROTOCOL) for name in subprotocols(request) if name.startswith(KEY_PROTOCOL)]
+    return offered or request.query.getall("api_key", [])
 
 
 def provider_keys(
@@ -929,6 +959,8 @@ class TextFormatter(JSONFormatter):
         what += [f"{line[name]:.1f} s {done}" for name, done in told.items() if name in line]
         if "output_tokens" in line:
             what.append(f"{line['input_tokens']} → {line['output_tokens']} tokens")
+        if live := line.get("live"):
+            what.append(f"{live['turns']} turns, {live['closed']}")
         what += [line.get("code") or line["error"]] if line.get("error") else []
         what += [line["caller"]] if line.get("caller") else []
         return "  ".join([self._status(line["status"]), _took(line["duration_ms"]), *what, line.get("request_id", "")])
@@ -1023,8 +1055,25 @@ def configure_logs(config: LogSection, *, alone: bool = True) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("vai").setLevel(config.level.upper())
-    for noisy in ("aiohttp.server", "aiohttp.access", "asyncio"):
+    for noisy in ("aiohttp.server", "aiohttp.access", "aiohttp.websocket", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+@dataclass(slots=True)
+class LiveTally:
+    """What became of a live session."""
+
+    audio_in: float = 0.0  # seconds
+    audio_out: float = 0.0
+    turns: int = 0
+    interrupts: int = 0  # that were meant
+    reconnects: int = 0  # to the speech service
+    closed: str = "disconnected"  # why it ended
+
+    def fields(self) -> JSON:
+        seconds = {"audio_in": round(self.audio_in, 1), "audio_out": round(self.audio_out, 1)}
+        counts = {"turns": self.turns, "interrupts": self.interrupts, "reconnects": self.reconnects}
+        return {**seconds, **counts, "closed": self.closed}
 
 
 @dataclass(slots=True)
@@ -1043,6 +1092,7 @@ class Exchange:
     status: int = 499  # what the log says of a caller that went away
     first_token: float | None = None  # seconds from the beginning
     attempts: Sequence[providers.Attempt] = ()
+    live: LiveTally | None = None
     lines: ClassVar[LogWriter | None] = None  # of a process in which nobody else takes log records
 
     def log(self, request: web.BaseRequest) -> None:
@@ -1080,6 +1130,8 @@ class Exchange:
             out |= {"error": self.error.type, "code": self.error.code}
         if failed := [f"{one.provider} {one.fault.code or one.fault.type}" for one in self.attempts[:-1] if one.fault]:
             out["fallbacks"] = failed
+        if self.live:
+            out["live"] = self.live.fields()
         return {key: value for key, value in (out | {"bytes": self.sent}).items() if value is not None}
 
 
@@ -1123,6 +1175,13 @@ DIRECTIONS = {
     "cache_read": "cache_read_input_tokens",
     "cache_write": "cache_creation_input_tokens",
 }
+TURN_LATENCIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 30)
+TURN_STAGES = ("stt_final", "decision", "first_token", "first_audio")
+DISMISSALS = ("no_speech", "echo", "backchannel", "not_meant", "unclear")
+CLOSING = {  # why a live session ended → the close code of its WebSocket (RFC 6455, 7.4.1)
+    **dict.fromkeys(("client", "disconnected", "idle_timeout", "max_duration"), 1000),
+    **{"draining": 1001, "audio_too_fast": 1008, "slow_client": 1008, "refused": 1008, "error": 1011},
+}
 FIRST_TOKENS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -1132,6 +1191,7 @@ class Metrics:
     def __init__(self, missing: str = "") -> None:
         self.missing = missing
         self.streaming: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self.talking: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def request(self, endpoint: str, exchange: Exchange) -> None:
         """A request has been answered, or its caller has gone."""
@@ -1144,6 +1204,24 @@ class Metrics:
 
     def lag(self, seconds: float) -> None:
         """The event loop was this late."""
+
+    def session(self, tally: LiveTally) -> None:
+        """A live session has ended."""
+
+    def live_audio(self, direction: Literal["in", "out"], seconds: float) -> None:
+        """So much audio came from a client, or went to one."""
+
+    def turn(self, stages: Mapping[str, float]) -> None:
+        """A turn has ended: seconds from the end of the user's speech to each stage that there was."""
+
+    def interrupt(self, outcome: str) -> None:
+        """Somebody spoke over an answer: `interrupted`, or why that was dismissed."""
+
+    def live_error(self, provider: str, type: str) -> None:
+        """An error was told to a live session's client."""
+
+    def reconnected(self, times: int) -> None:
+        """A live session lost a socket of the speech service's, and made it anew."""
 
     def text(self) -> bytes:
         """Prometheus' text format 0.0.4. Raises `NotFoundError` where nothing is counted."""
@@ -1216,6 +1294,19 @@ class PrometheusMetrics(Metrics):
             "vai_streams_in_progress", "Streams in progress.", registry=registry, multiprocess_mode="livesum"
         )
         self.streaming = streams.track_inprogress()
+        sessions = prometheus.Gauge(
+            "vai_live_sessions_in_progress", "Live sessions.", registry=registry, multiprocess_mode="livesum"
+        )
+        self.talking = sessions.track_inprogress()
+        self._sessions = counter("live_sessions", "Live sessions that have ended.", "reason")
+        self._audio = counter("live_audio_seconds", "Seconds of audio in live sessions.", "direction")
+        self._stages = histogram(
+            "live_turn_seconds", "From the end of the user's speech to each stage of the turn.", TURN_LATENCIES, "stage"
+        )
+        self._interrupts = counter("live_interrupts", "Speech over an answer, by what became of it.", "outcome")
+        self._reconnects = prometheus.Counter(
+            "vai_live_reconnects", "Sockets of the speech service that were lost and made anew.", registry=registry
+        )
         if self._folder:
             self._registry = prometheus.CollectorRegistry()
             multiprocess.MultiProcessCollector(self._registry, self._folder)  # type: ignore[no-untyped-call]
@@ -1252,6 +1343,26 @@ class PrometheusMetrics(Metrics):
 
     def lag(self, seconds: float) -> None:
         self._lags.observe(seconds)
+
+    def session(self, tally: LiveTally) -> None:
+        self._sessions[tally.closed if tally.closed in CLOSING else OTHER,].inc()
+
+    def live_audio(self, direction: Literal["in", "out"], seconds: float) -> None:
+        self._audio[direction,].inc(seconds)
+
+    def turn(self, stages: Mapping[str, float]) -> None:
+        for stage in TURN_STAGES:
+            if stage in stages:
+                self._stages[stage,].observe(stages[stage])
+
+    def interrupt(self, outcome: str) -> None:
+        self._interrupts[outcome if outcome in ("interrupted", *DISMISSALS) else OTHER,].inc()
+
+    def live_error(self, provider: str, type: str) -> None:
+        self._errors[provider, type if type in providers.ERRORS else OTHER].inc()
+
+    def reconnected(self, times: int) -> None:
+        self._reconnects.inc(times)
 
     def text(self) -> bytes:
         if self._folder and os.name == "posix":
@@ -1331,6 +1442,8 @@ def error_response(fault: Error) -> web.Response:
         headers["Retry-After"] = str(fault.retry_after)
     if fault.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if fault.status == 426:
+        headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
     return json_response(fault.to_wire(request_id.get()), status=fault.status, headers=headers)
 
 
@@ -1664,6 +1777,295 @@ class Listener(web.Server):
         return Connection(self, loop=self._loop, **self._options)
 
 
+# == Live sessions =====================================================================================================
+# `WS /v1/messages/live`: one task reads what the client sends, one writes what the session says. When one of them ends,
+# so does the other, and with them the session.
+
+CONFIGURE = 10.0  # seconds for the first message
+GOODBYE = 2.0  # seconds for a client to answer a close
+LEAVING = dict.fromkeys((1000, 1001, 1005), "client") | dict.fromkeys((1002, 1003, 1007, 1009), "refused")
+MESSAGE_BYTES = 256 << 10
+SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; as many are in the process
+TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
+
+
+class Allowance:
+    """How much a client may send: as fast as any microphone does, and not as fast as a program can."""
+
+    RATE = 1000.0  # a second
+    BURST = 2000.0
+    AUDIO, MESSAGE = 1, 10
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left = self.BURST
+        self._last = clock()
+
+    def take(self, cost: int) -> bool:
+        now = self._clock()
+        self._left = min(self._left + (now - self._last) * self.RATE, self.BURST) - cost
+        self._last = now
+        return self._left >= 0
+
+
+def check_upgrade(request: web.Request) -> None:
+    """Raise unless the request opens a WebSocket as RFC 6455 (4.2.1) has it."""
+    headers = request.headers
+    wanted = headers.get("Upgrade", "").lower() == "websocket" and "upgrade" in headers.get("Connection", "").lower()
+    if request.body_exists or not wanted or headers.get("Sec-WebSocket-Version") != "13":
+        fault = InvalidRequestError("this is a WebSocket, version 13", code="websocket")
+        fault.status = 400 if request.body_exists else 426
+        raise fault
+    try:
+        key = base64.b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 16:
+        raise InvalidRequestError("the Sec-WebSocket-Key must be 16 bytes in base64", code="websocket")
+    if (offered := subprotocols(request)) and PROTOCOL not in offered:
+        raise InvalidRequestError(f"the only subprotocol is {PROTOCOL}", code="websocket")
+
+
+async def apart(work: Coroutine[Any, Any, None]) -> None:
+    """Do it in a task of its own, which is cancelled with this one.
+
+    The traceback of a cancelled request is in a cycle with it (aiohttp's request holds its task): what its frames hold
+    stays until the garbage is collected, so that a whole session must not be among it.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        del task
+
+
+class LiveSocket:
+    """One caller's WebSocket, and the session behind it."""
+
+    def __init__(self, gateway: Gateway, request: web.Request, caller: Caller) -> None:
+        self._gateway, self._request, self._caller = gateway, request, caller
+        self._exchange = request[EXCHANGE]
+        self._tally = self._exchange.live = LiveTally()
+        self._allowance = Allowance()
+        self._session: live.LiveSession | None = None
+        self._billed: JSON | None = None  # the usage of the answer that is coming in
+        self._socket = web.WebSocketResponse(
+            protocols=(PROTOCOL,),
+            heartbeat=gateway.config.sse.ping_interval,
+            max_msg_size=MESSAGE_BYTES,
+            compress=False,
+            timeout=GOODBYE,
+        )
+
+    async def run(self) -> web.StreamResponse:
+        """All of it, from the upgrade to the close."""
+        await self._socket.prepare(self._request)
+        self._exchange.status = 101
+        if link := self._request.transport:
+            link.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        try:
+            message = await self._first()
+            if message is not None:
+                await apart(self._hold(message))
+        except ConnectionError:  # the client is gone
+            pass
+        except asyncio.CancelledError:
+            if not self._gateway.expired:
+                raise
+            await self._fail(self._gateway.outlived())
+        except Exception as raised:
+            await self._fail(error_of(raised, self._request.path))
+        finally:
+            self._settle()
+            self._session = None
+            await self._close(CLOSING.get(self._tally.closed, 1011))  # also of a client that is gone: it ends the pings
+        return self._socket
+
+    def end(self) -> None:
+        """The gateway is shutting down."""
+        if self._session:
+            self._session.close("draining")
+
+    @property
+    def talks(self) -> bool:
+        return self._session is not None
+
+    # -- the session --
+
+    async def _first(self) -> bytes | JSON | None:
+        try:
+            async with asyncio.timeout(CONFIGURE):
+                return await self._message()
+        except TimeoutError:
+            late = InvalidRequestError(f"no session.configure came within {CONFIGURE:g} s", code="configure_timeout")
+            late.status = 408
+            raise late from None
+
+    async def _open(self, message: bytes | JSON) -> live.LiveSession:
+        if not isinstance(message, dict) or message.get("type") != "session.configure":
+            raise InvalidRequestError("the first message must be session.configure", code="not_configured")
+        gateway, caller = self._gateway, self._caller
+        config = live.read_config(message.get("config"))
+        gateway.check_counts({"messages": config.messages, "tools": config.tools})
+        try:
+            asked = gateway.engine.parse({"model": config.model, "messages": [{"role": "user", "content": "."}]})
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param="config.model", code=fault.code) from None
+        self._exchange.provider, self._exchange.model = asked.provider, asked.model_name
+        if caller.models is not None:
+            for route in (asked, *asked.fallbacks):
+                caller.check_model(config.model, f"{route.provider}/{route.model_name}")
+            spoken = config.voice
+            for model in (voice.listener_of(spoken.input), voice.model_of(spoken.output)):
+                caller.check_model(model)
+            for model in (spoken.vad.model, spoken.interrupt.model):
+                if model != "auto":
+                    caller.check_model(model)
+        return gateway.engine.live_session(
+            config,
+            provider_keys(self._request, caller, PROVIDERS[asked.provider].byok, config.provider_keys),
+            detectors=await gateway.hearing(),
+            timing=live.Timing(idle=gateway.config.live.idle_timeout),
+            max_duration=gateway.config.live.max_duration,
+            session_id=self._exchange.id,
+        )
+
+    async def _hold(self, message: bytes | JSON) -> None:
+        async with await self._open(message) as self._session:
+            await self._talk(self._session)
+
+    async def _talk(self, session: live.LiveSession) -> None:
+        tasks = (asyncio.create_task(self._read(session)), asyncio.create_task(self._write(session)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    # -- from the client --
+
+    async def _message(self) -> bytes | JSON | None:
+        """What the client says next; None when it has gone. Raises an `Error` for what is no message."""
+        message = await self._socket.receive()
+        if message.type is aiohttp.WSMsgType.BINARY:
+            return bytes(message.data)
+        if message.type is aiohttp.WSMsgType.TEXT:
+            return read_keys(message.data.encode(), self._gateway.config.limits)
+        return None
+
+    async def _read(self, session: live.LiveSession) -> None:
+        seconds = 1 / (2 * session.config.audio_in.sample_rate)  # of a byte
+        while True:
+            fault = message = None
+            try:
+                message = await self._message()
+            except Error as wrong:
+                fault = wrong
+            audio = isinstance(message, bytes)
+            if not self._allowance.take(Allowance.AUDIO if audio else Allowance.MESSAGE):
+                raise providers.RateLimitError("so many messages a second are not taken", code="flood")
+            if isinstance(message, bytes):
+                self._tally.audio_in += len(message) * seconds
+                self._gateway.metrics.live_audio("in", len(message) * seconds)
+            elif message is not None and message.get("type") in TYPED:
+                fault = await self._over_limit()
+            if fault:
+                await self._say({**fault.to_wire(self._exchange.id), "fatal": False})
+            elif message is None:
+                left = self._socket.close_code
+                self._tally.closed = LEAVING.get(left, "disconnected") if left is not None else "disconnected"
+                return
+            else:
+                await session.send(message)
+
+    async def _over_limit(self) -> Error | None:
+        verdict = await self._gateway.rates.admit(self._caller)
+        if verdict is None or not verdict.refused:
+            return None
+        self._gateway.metrics.rate_limited(verdict.refused)
+        return verdict.error()
+
+    # -- to the client --
+
+    async def _write(self, session: live.LiveSession) -> None:
+        binary = session.config.audio_out.transport == "binary"
+        async for event in session:
+            if isinstance(event, live.LiveAudio):
+                self._tally.audio_out += event.seconds
+                self._gateway.metrics.live_audio("out", event.seconds)
+                if binary:
+                    await self._socket.send_bytes(event.data)
+                    continue
+            else:
+                self._count(event)
+                if event.type == "error":
+                    event.data["request_id"] = event["error"]["request_id"] = self._exchange.id
+            await self._say(event.to_wire())
+
+    async def _say(self, message: JSON) -> None:
+        await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
+
+    async def _fail(self, fault: Error) -> None:
+        """Tell the client why this is the end."""
+        self._exchange.error = fault
+        self._tally.closed = "draining" if fault.code == "draining" else "refused" if fault.status < 500 else "error"
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
+                if self._session:
+                    await self._say({"type": "session.closed", "reason": self._tally.closed})
+
+    async def _close(self, code: int) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(2 * GOODBYE):
+                await self._socket.close(code=code)
+
+    # -- for log and metrics --
+
+    def _count(self, event: live.LiveEvent) -> None:
+        metrics, tally = self._gateway.metrics, self._tally
+        match event.type:
+            case "message_start":
+                self._bill(event["message"].get("usage"))
+            case "message_delta":
+                self._billed = event.get("usage") or self._billed
+            case "turn.metrics":
+                tally.turns += 1
+                stages = {stage: event.get(f"{stage}_ms") for stage in TURN_STAGES}
+                metrics.turn({stage: ms / 1000 for stage, ms in stages.items() if ms is not None})
+            case "response.interrupted":
+                tally.interrupts += 1
+                metrics.interrupt("interrupted")
+            case "interrupt.dismissed":
+                metrics.interrupt(event["reason"])
+            case "error":
+                metrics.live_error(self._exchange.provider or OTHER, event["error"]["type"])
+            case "session.closed":
+                tally.closed = event["reason"]
+
+    def _bill(self, usage: JSON | None) -> None:
+        """One answer's usage is whole, or cut off: it counts, and the next one's begins."""
+        if self._billed:
+            total = dict(self._exchange.usage or {})
+            for name in DIRECTIONS.values():
+                total[name] = total.get(name, 0) + (self._billed.get(name) or 0)
+            self._exchange.usage = total
+        self._billed = usage
+
+    def _settle(self) -> None:
+        self._bill(None)
+        if self._session:
+            self._tally.reconnects = self._session.reconnects
+            self._gateway.metrics.reconnected(self._session.reconnects)
+        self._gateway.metrics.session(self._tally)
+
+
 # == The endpoints =====================================================================================================
 
 
@@ -1700,6 +2102,9 @@ class Gateway:
         proxies = config.server.trusted_proxies
         self.callers = Callers(config.auth, loopback=is_loopback(config.server.host), proxies=proxies)
         self.rates = RateLimits(config.rate_limit)
+        self.detectors = make_detectors(config.live)
+        self._detecting = asyncio.Lock()
+        self.sessions: dict[asyncio.Task[Any], LiveSocket] = {}
         self.cors = CORS(config.cors)
         self.metrics = make_metrics(config.metrics)
         self.endpoints: frozenset[str] = frozenset()  # the paths of all routes
@@ -1739,7 +2144,7 @@ class Gateway:
         caller = await self.admit(request)
         exchange = request[EXCHANGE]
         body = await read_body(request, self.config.limits, self.config.timeouts.body)
-        self._check_counts(body)
+        self.check_counts(body)
         headers = {n: ",".join(request.headers.getall(n)) for n in vai.FORWARDED_HEADERS if n in request.headers}
         asked = await off_loop(request.content.total_bytes, self.engine.parse, body, headers)
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
@@ -1756,7 +2161,7 @@ class Gateway:
             return await self._create(request, asked, keys)
         return await self._stream(request, functools.partial(self._copy, request, asked, keys))
 
-    def _check_counts(self, body: JSON) -> None:
+    def check_counts(self, body: JSON) -> None:
         limits = self.config.limits
         for name, most in (("messages", limits.max_messages), ("tools", limits.max_tools)):
             if isinstance(body.get(name), list) and len(body[name]) > most:
@@ -1788,7 +2193,7 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.expired or out.response is None:
                 raise
-            await out.fail(self._outlived())
+            await out.fail(self.outlived())
         finally:
             await out.close()
         await out.end()
@@ -1879,11 +2284,42 @@ class Gateway:
             exchange.speech = {(asked.provider, "out"): stream.duration}
             stream.close()
 
+    # -- WS /v1/messages/live ---------------------------------------------------------------------------------------
+
+    async def converse(self, request: web.Request) -> web.StreamResponse:
+        origin = request.headers.get("Origin")
+        if origin is not None and not self.cors.allows(origin):
+            message = "pages of this origin may not open sockets here: see cors.allowed_origins"
+            raise providers.PermissionDeniedError(message, code="origin")
+        caller = await self.admit(request)
+        check_upgrade(request)
+        if self.retiring:
+            raise self._shutdown_error()
+        most, task = self.config.live.max_sessions, asyncio.current_task(self.loop)
+        if len(self.sessions) >= most or task is None:
+            raise providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
+        self.sessions[task] = talk = LiveSocket(self, request, caller)
+        try:
+            with self.metrics.talking:
+                return await talk.run()
+        finally:
+            del self.sessions[task]
+
+    async def hearing(self) -> live.Detectors:
+        """The detectors, which `auto` starts with the first session: a gateway that nobody talks to needs none."""
+        async with self._detecting:
+            try:
+                await self.detectors.start()
+            except (live.DetectorError, OSError) as fault:
+                logger.warning("speech is detected by energy alone: %s", fault)
+                self.detectors = live.Detectors("energy")
+        return self.detectors
+
     @staticmethod
     def _shutdown_error() -> Error:
         return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
 
-    def _outlived(self) -> Error:
+    def outlived(self) -> Error:
         """The end of the grace has cancelled this request: take that back for as long as it takes to say so."""
         if task := asyncio.current_task():
             task.uncancel()
@@ -1907,6 +2343,7 @@ class Gateway:
             version=providers.__version__,
             providers={id: Configured(configured=self.engine.available(id)) for id in PROVIDERS},
             voice={id: Configured(configured=known) for id, known in self.engine.speech.available.items()},
+            live=LiveState(active=len(self.sessions), limit=self.config.live.max_sessions),
             uptime_seconds=int(time.monotonic() - self.started),
         )
         return json_response(state.model_dump(), status=503 if self.draining else 200)
@@ -1957,7 +2394,7 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.expired:
                 raise
-            fault = self._outlived()
+            fault = self.outlived()
         except ConnectionError:  # the caller went away
             raise
         except Exception as raised:
@@ -1968,7 +2405,7 @@ class Gateway:
         response = error_response(fault)
         if allowed:
             response.headers["Allow"] = allowed
-        if fault.code == "malformed_body" or fault.status in (408, 413):
+        if fault.code in ("malformed_body", "websocket") or fault.status in (408, 413):
             response.force_close()
         return response
 
@@ -2006,7 +2443,10 @@ class Gateway:
             await asyncio.wait_for(self.idle.wait(), grace)
         self.expired = True
         for task in list(self.running):
-            task.cancel()
+            if (talk := self.sessions.get(task)) and talk.talks:
+                talk.end()
+            else:
+                task.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), 2)
 
@@ -2155,6 +2595,18 @@ def openapi(config: Config) -> JSON:
             **_refusals(*ERROR_STATUSES),
         },
     }
+    upgraded = "A WebSocket. The first message is `session.configure`; audio comes and goes in binary frames."
+    talk: JSON = {
+        "summary": "Talk to a model",
+        "operationId": "openLiveSession",
+        "parameters": [*inputs[: len(KEY_HEADERS)], _query("api_key")],
+        "responses": {
+            # OpenAPI 3.1 has no word for the messages of a WebSocket.
+            "101": {"description": upgraded, "x-first-message": _ref("SessionConfigure")},
+            **_refusals(400, 401, 403, 429, 503),
+            "426": _refusal(426, "The request opens no WebSocket."),
+        },
+    }
     document: JSON = {
         "summary": "This document",
         "operationId": "getOpenAPI",
@@ -2172,6 +2624,7 @@ def openapi(config: Config) -> JSON:
         "paths": {
             "/v1/messages": {"post": messages | secured},
             "/v1/audio": {"post": audio | secured},
+            LIVE: {"get": talk | secured},
             "/v1/models": {"get": models | secured},
             "/health": {"get": health},
             "/metrics": {"get": metrics | (secured if config.metrics.require_key else {})},
@@ -2192,7 +2645,7 @@ def _schemas(limits: LimitsSection) -> JSON:
     """The schemas: of the models that check requests and make answers, and of what is no model."""
     models = (
         *(providers.MessageRequest, providers.Message, vai.Models, Health),
-        *(voice.Voice, voice.TranscriptionRequest, voice.SynthesisRequest),
+        *(voice.Voice, voice.TranscriptionRequest, voice.SynthesisRequest, live.LiveConfig),
     )
     _, made = models_json_schema(
         [(model, "validation") for model in models], ref_template=SCHEMAS + "{model}", schema_generator=_Schemas
@@ -2215,6 +2668,8 @@ def _schemas(limits: LimitsSection) -> JSON:
     listed["properties"] |= {"data": empty, "has_more": {"const": False}}
     listed["required"] = sorted(listed["properties"])
     schemas["Health"]["required"] = sorted(schemas["Health"]["properties"])
+    configure = {"type": {"const": "session.configure"}, "config": _ref("LiveConfig")}
+    schemas["SessionConfigure"] = _object(configure, *configure)
     asked["properties"]["voice"] = {"anyOf": [_ref("Voice"), {"type": "null"}]}
     return schemas | _event_schemas() | _speech_schemas(schemas) | {"Error": _error_schema()}
 
@@ -2347,6 +2802,16 @@ def make_engine(config: Config, environ: Mapping[str, str]) -> vai.Direct:
     return engine
 
 
+def make_detectors(config: LiveSection) -> live.Detectors:
+    """What hears that somebody speaks. Raises `ConfigError` for one that cannot be had."""
+    if config.detector_model and not os.path.isfile(config.detector_model):
+        raise ConfigError("live.detector_model: no such file")
+    try:
+        return live.Detectors(config.detector, config.detector_model)
+    except live.DetectorError as fault:
+        raise ConfigError(f"live.detector: {fault}") from None
+
+
 async def _expect_nothing(request: web.Request) -> None:
     """`Expect` is answered when a body is read, after everything that can be refused without it."""
 
@@ -2357,6 +2822,7 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app[GATEWAY] = gateway
     app.router.add_post("/v1/messages", gateway.messages, expect_handler=_expect_nothing)
     app.router.add_post("/v1/audio", gateway.audio, expect_handler=_expect_nothing)
+    app.router.add_get(LIVE, gateway.converse, expect_handler=_expect_nothing, allow_head=False)
     app.router.add_get("/v1/models", gateway.models, expect_handler=_expect_nothing)
     app.router.add_get("/health", gateway.health, expect_handler=_expect_nothing)
     app.router.add_get("/metrics", gateway.show_metrics, expect_handler=_expect_nothing)
@@ -2365,12 +2831,18 @@ def make_app(config: Config, engine: vai.Direct) -> web.Application:
     app.on_response_prepare.append(gateway.mark)
 
     async def running(app: web.Application) -> AsyncIterator[None]:
+        if config.live.detector != "auto":
+            try:
+                await gateway.detectors.start()
+            except live.DetectorError as fault:
+                raise ConfigError(f"live.detector: {fault}") from None
         watch = asyncio.create_task(watch_loop(gateway.metrics))
         gateway.loop = asyncio.get_running_loop()
         engine.transport.bind()
         if gateway.rates.shared:
             await gateway.rates.shared.start()
         yield
+        await gateway.detectors.close()
         if gateway.rates.shared:
             await gateway.rates.shared.close()
         watch.cancel()
@@ -2552,6 +3024,7 @@ def described(gateway: Gateway) -> list[tuple[str, str]]:
     if config.cors.allowed_origins:
         lines.append(("web pages", ", ".join(config.cors.allowed_origins)))
     lines.append(("limits", f"{sizes}; {times.first_byte:g} s to the first byte, {times.total:g} s in all"))
+    lines.append(("live", f"{config.live.max_sessions:,} sessions at most; speech detector {gateway.detectors.kind}"))
     lines.append(("metrics", gateway.metrics.missing or f"/metrics{', with a key' * config.metrics.require_key}"))
     return lines
 

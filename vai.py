@@ -11,8 +11,8 @@ Whatever providers.py makes public is importable from here.
 
 Contents (`grep -n '^# == '` lists the sections):
     tools · native tools · content helpers · what a caller may pass · engines (direct, remote) · the asynchronous
-    client · speech · the tool loop · structured answers · conversations · the synchronous client · a model for tests ·
-    the command line
+    client · speech · live voice · the tool loop · structured answers · conversations · the synchronous client ·
+    a model for tests · the command line
 """
 
 from __future__ import annotations
@@ -93,20 +93,34 @@ else:
     from .providers import *
 
 if TYPE_CHECKING:
+    import live
     import voice
 else:
 
-    class _Voice:
-        """voice.py, loaded when something of it is first asked for: without speech it is not needed."""
+    class _Later:
+        """A module that is loaded when something of it is first asked for: without speech it is not needed."""
+
+        def __init__(self, load: Callable[[], Any]) -> None:
+            self._load = load
 
         def __getattr__(self, name: str) -> Any:
-            if __package__:
-                from . import voice as module
-            else:
-                import voice as module
-            return getattr(module, name)
+            return getattr(self._load(), name)
 
-    voice = _Voice()
+    def _voice() -> Any:
+        if __package__:
+            from . import voice as module
+        else:
+            import voice as module
+        return module
+
+    def _live() -> Any:
+        if __package__:
+            from . import live as module
+        else:
+            import live as module
+        return module
+
+    voice, live = _Later(_voice), _Later(_live)
 
 __version__ = "0.1.0"
 if getattr(providers, "__version__", None) != __version__:
@@ -117,6 +131,7 @@ __all__ = [
     *providers.__all__,
     "AsyncClient",
     "AsyncConversation",
+    "AsyncLive",
     "AsyncMessageStream",
     "AsyncRun",
     "AsyncSpeechStream",
@@ -127,6 +142,8 @@ __all__ = [
     "Extracted",
     "FakeModel",
     "Interrupted",
+    "Live",
+    "LiveFields",
     "MessageStream",
     "Messages",
     "Models",
@@ -191,6 +208,7 @@ class Tool(Generic[P, R_co]):
         description: str | None = None,
         strict: bool | None = None,
         timeout: float | None = None,
+        side_effects: bool = False,
     ) -> None:
         if timeout is not None and not isinstance(timeout, (int, float)):
             raise TypeError(f"timeout is a number of seconds; not {timeout!r}")
@@ -208,6 +226,7 @@ class Tool(Generic[P, R_co]):
         self.description = summary if description is None else description
         self.strict = strict
         self.timeout = timeout
+        self.side_effects = side_effects
         self._input = _input_model(function, described, self.name, about)
         self.input_schema: JSON = _lean(self._input.model_json_schema())
 
@@ -226,7 +245,7 @@ class Tool(Generic[P, R_co]):
             return self
         bound: Callable[..., R_co] = self.function.__get__(instance, owner)
         options: Any = {"name": self.name, "description": self.description, "strict": self.strict}
-        return Tool(bound, timeout=self.timeout, **options)
+        return Tool(bound, timeout=self.timeout, side_effects=self.side_effects, **options)
 
     def __repr__(self) -> str:
         return f"tool({self.name})"
@@ -265,6 +284,7 @@ def tool(
     description: str | None = None,
     strict: bool | None = None,
     timeout: float | None = None,
+    side_effects: bool = False,
 ) -> Tool[P, R_co]: ...
 @overload
 def tool(
@@ -273,12 +293,14 @@ def tool(
     description: str | None = None,
     strict: bool | None = None,
     timeout: float | None = None,
+    side_effects: bool = False,
 ) -> Callable[[Callable[P, R_co]], Tool[P, R_co]]: ...
 def tool(function: Any = None, /, **options: Any) -> Any:
     """Make a tool of a function: its name, docstring and annotations become name, description and schema.
 
     Parameter descriptions come from `Annotated[str, "…"]` or from the docstring (Google, NumPy or Sphinx style).
     `strict` asks the provider to hold the model to the schema; `timeout` (seconds) stands over a run's `tool_timeout`.
+    `side_effects`: in live voice it is not called before it is sure that the user's turn is over.
     What a `functools.partial` gives by name is no input of the model's.
     Raises `TypeError` for `*args` and `**kwargs`, for a generator, and for an object that has no name.
     """
@@ -778,6 +800,22 @@ class Engine(Protocol):
     async def synthesize(self, request: Any, keys: Mapping[str, str] | None = None) -> voice.Speech: ...
     async def open_speech(self, request: Any, keys: Mapping[str, str] | None = None) -> Audible: ...
 
+    # Live voice: `config` is that of `session.configure`; of the tools, those that are functions.
+    async def open_live(self, config: JSON, tools: Sequence[Tool[..., Any]] = ()) -> AsyncLive: ...
+
+
+class AsyncLive(Protocol):
+    """A live conversation, in process or through a gateway. `closed` says why it ended. See `live.LiveSession`."""
+
+    closed: str | None
+
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    def __aiter__(self) -> Self: ...
+    async def __anext__(self) -> live.LiveEvent | live.LiveAudio: ...
+    async def send(self, message: bytes | JSON) -> None: ...
+    def close(self, reason: str = "client") -> None: ...
+
 
 class Audible(Protocol):
     """Speech as it comes: iterate for what has the bytes in `data`. `duration` is in seconds of what came so far."""
@@ -1052,6 +1090,17 @@ class _begun:
                 raise fault from None
 
 
+# Asked short questions in live voice, where no other model is named: the first of them that there is a key for.
+FAST_MODELS = {
+    "groq": "llama-3.1-8b-instant",
+    "cerebras": "llama3.1-8b",
+    "gemini": "gemini-2.5-flash-lite",
+    "openai": "gpt-4.1-nano",
+    "anthropic": "claude-haiku-4-5",
+}
+CHECK_TOKENS = 16  # of their answers
+
+
 class Direct:
     """Asks the providers themselves.
 
@@ -1099,6 +1148,7 @@ class Direct:
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
         self.transport = Transport(timeouts)
+        self._detectors: tuple[asyncio.AbstractEventLoop, live.Detectors] | None = None
 
     def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
         """The request, checked. `headers` may hold `anthropic-version` and `anthropic-beta`."""
@@ -1220,6 +1270,8 @@ class Direct:
         return provider in self.keys or (provider == "gemini-oauth" and self._logs_in)
 
     async def close(self) -> None:
+        if self._detectors is not None and self._detectors[0] is asyncio.get_running_loop():
+            await self._detectors[1].close()
         if "speech" in self.__dict__:
             await self.speech.close()
         await self.transport.close()
@@ -1267,6 +1319,101 @@ class Direct:
     ) -> voice.SpeechStream:
         service = self.speech.service(request.provider, byok(keys or {}), byok(request.provider_keys))
         return await service.stream(request.text, request, words=False)
+
+    # -- live voice --
+
+    async def open_live(self, config: JSON, tools: Sequence[Tool[..., Any]] = ()) -> live.LiveSession:
+        return self.live_session(live.read_config(config), detectors=await self._ready_detectors(), tools=tools)
+
+    async def _ready_detectors(self) -> live.Detectors:
+        """Those of this event loop: they have a process of their own, which is started once."""
+        loop = asyncio.get_running_loop()
+        if self._detectors is None or self._detectors[0] is not loop:
+            self._detectors = loop, live.Detectors()
+        await self._detectors[1].start()
+        return self._detectors[1]
+
+    def live_session(
+        self,
+        config: live.LiveConfig,
+        keys: Mapping[str, str] | None = None,
+        *,
+        detectors: live.Detectors,
+        tools: Sequence[ToolLike] = (),
+        timing: live.Timing | None = None,
+        max_duration: float = 7200.0,
+        session_id: str | None = None,
+    ) -> live.LiveSession:
+        """A live session. `tools` that are functions are called here, others by the client, asked by `tool_use`.
+
+        `config.tools` is what the model is told of them. Raises `InvalidRequestError` for what is wrong with the
+        configuration, `AuthenticationError` where there is no key for the speech service.
+        """
+        settings, brought = config.voice, (byok(keys or {}), byok(config.provider_keys))
+        fields = {"model", "system", "max_tokens", "temperature", "thinking", "provider_keys"}
+        asked: JSON = {**config.model_dump(include=fields, exclude_none=True), "stream": True}
+        if config.tools:
+            asked["tools"] = [{key: tool[key] for key in tool if key != "side_effects"} for tool in config.tools]
+        check = self._fast_model(config, keys or {}, brought)
+        self._check_live(asked, config)
+
+        async def reply(messages: list[JSON], with_tools: bool) -> EventStream:
+            more: JSON = {} if with_tools or not config.tools else {"tool_choice": {"type": "none"}}
+            return await self.open(self.parse({**asked, "messages": messages, **more}), keys)
+
+        hearing = self.speech.service(settings.input.provider, *brought)
+        speaking = self.speech.service(settings.output.provider, *brought)
+        turns = False if settings.input.turn_detection in ("vad", "manual") else None
+        return live.LiveSession(
+            config,
+            reply=reply,
+            hear=lambda: hearing.listen(settings.input, sample_rate=live.RATE, turns=turns),
+            speak=speaking.speak,
+            detect=detectors.open,
+            check=check,
+            tools={tool.name: functools.partial(_call_tool, tool) for tool in tools if isinstance(tool, Tool)},
+            side_effects=[str(tool.get("name")) for tool in config.tools if tool.get("side_effects")],
+            timing=timing or live.Timing(),
+            max_duration=max_duration,
+            session_id=session_id,
+        )
+
+    def _check_live(self, asked: JSON, config: live.LiveConfig) -> None:
+        """Raises `InvalidRequestError` for what no turn of the session could be asked with."""
+        messages = [*config.messages, {"role": "user", "content": "Hello."}]
+        place = "config"
+        try:
+            self.parse({**asked, "messages": messages})
+            for place, model in (("vad", config.voice.vad.model), ("interrupt", config.voice.interrupt.model)):
+                place = f"config.voice.{place}"
+                if model != "auto" and model not in self.aliases:
+                    providers.split_model(model, self.aliases)
+        except InvalidRequestError as fault:
+            param = f"{place}.{fault.param}" if fault.param else None
+            raise InvalidRequestError(fault.message, param=param, code=fault.code) from None
+
+    def _fast_model(
+        self, config: live.LiveConfig, keys: Mapping[str, str], brought: Sequence[Mapping[str, Secret]]
+    ) -> live.Check | None:
+        """What asks a fast model; None where none is named and there is no key for any."""
+        paid = (
+            f"{name}/{model}"
+            for name, model in FAST_MODELS.items()
+            if self.available(name) or any(byok in given for given in brought for byok in PROVIDERS[name].byok)
+        )
+        fast = next(paid, None)
+        if fast is None and {config.voice.vad.model, config.voice.interrupt.model} == {"auto"}:
+            return None
+
+        async def check(model: str, instructions: str, question: str) -> str:
+            name = fast if model == "auto" else model
+            if name is None:
+                raise InvalidRequestError("there is no fast model to ask")
+            body: JSON = {"model": name, "system": instructions, "max_tokens": CHECK_TOKENS}
+            body |= {"messages": [{"role": "user", "content": question}], "provider_keys": config.provider_keys}
+            return (await self.create(self.parse(body), keys)).text
+
+        return check
 
     async def credential(
         self, adapter: Adapter, request: MessageRequest, keys: Mapping[str, str], refused: str | None = None
@@ -1321,6 +1468,16 @@ class Direct:
         return providers.provider_error(
             adapter.id, upstream.status, upstream.headers, body, keys=[credential.key], own_key=credential.own
         )
+
+
+async def _call_tool(tool: Tool[..., Any], input: JSON) -> tuple[str | list[JSON], bool]:
+    """The content of its result, and whether it is an error. Whatever goes wrong is for the model to read."""
+    try:
+        async with asyncio.timeout(tool.timeout) as scope:
+            return _result_content(await _invoke(tool.function, **tool.bind(input))), False
+    except (Exception, SystemExit) as fault:
+        late = isinstance(fault, TimeoutError) and scope.expired()
+        return f"The tool took longer than {tool.timeout:g} seconds." if late else _tool_error(fault), True
 
 
 async def _spoken(message: Message, speaker: voice.Speaker | None, heard: str | None) -> Message:
@@ -1478,7 +1635,17 @@ class Remote:
         request.body = request.body | {"stream": True}
         return GatewaySpeech(await self._send("POST", "/v1/audio", request, keys))
 
+    async def open_live(self, config: JSON, tools: Sequence[Tool[..., Any]] = ()) -> GatewayLive:
+        url = self.base_url.replace("http", "ws", 1) + "/v1/messages/live"
+        return GatewayLive(self._sockets, providers.HTTPRequest(url, self._headers, b"", "GET"), config, tools)
+
+    @functools.cached_property
+    def _sockets(self) -> voice.Sockets:
+        return voice.Sockets(self.transport.timeouts)
+
     async def close(self) -> None:
+        if "_sockets" in self.__dict__:
+            await self._sockets.close()
         await self.transport.close()
 
     async def _send(self, method: str, path: str, request: _GatewayRequest, keys: Mapping[str, str] | None) -> Upstream:
@@ -1589,6 +1756,124 @@ class GatewaySpeech:
 
     def close(self) -> None:
         self._upstream.abort()
+
+
+class GatewayLive:
+    """A live session of a gateway's: the same events, over a WebSocket. Functions are called here."""
+
+    _FRAME = 1 << 16  # bytes of audio in one
+    _ENDS = ("audio.done", "response.interrupted", "grace_period.extended", "error")
+
+    def __init__(
+        self, sockets: voice.Sockets, request: providers.HTTPRequest, config: JSON, tools: Sequence[Tool[..., Any]]
+    ) -> None:
+        self.closed: str | None = None
+        self._sockets, self._request, self._config = sockets, request, config
+        self._tools = {tool.name: tool for tool in tools}
+        self._socket: voice.Socket | None = None
+        self._created: live.LiveEvent | None = None
+        self._sample_rate = 24_000
+        self._response_id = ""
+        self._calls: dict[asyncio.Task[None], str] = {}
+        self._closing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Raises what the gateway says to the connection or to the configuration."""
+        self._socket = await self._sockets.connect(self._request, _gateway_adapter(), Credential(Secret("")))
+        try:
+            await self._socket.send(providers.dumps({"type": "session.configure", "config": self._config}).decode())
+            event = self._read(await self._socket.receive(self._sockets.timeouts.first_byte))
+            if not isinstance(event, live.LiveEvent) or event.type == "error":
+                raise error_from_wire(event.to_wire())
+        except BaseException as fault:
+            await self._socket.close()
+            if isinstance(fault, TimeoutError):
+                raise ProviderTimeoutError("the gateway did not answer in time", provider="gateway") from None
+            raise
+        self._created = event
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.closed = self.closed or "client"
+        tasks = [*self._calls, *([self._closing] if self._closing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._socket is not None:
+            await self._socket.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> live.LiveEvent | live.LiveAudio:
+        if (created := self._created) is not None:
+            self._created = None
+            return created
+        if self.closed is not None or self._socket is None:
+            raise StopAsyncIteration
+        try:
+            event = self._read(await self._socket.receive_any())
+        except Error:
+            event = live.LiveEvent("session.closed", {"type": "session.closed", "reason": "connection_broken"})
+        if isinstance(event, live.LiveEvent) and event.type == "session.closed":
+            self.closed = event["reason"]
+        return event
+
+    async def send(self, message: bytes | JSON) -> None:
+        if self.closed is not None or self._socket is None:
+            return
+        with contextlib.suppress(Error):  # iterating says that the connection is gone
+            if isinstance(message, dict):
+                await self._socket.send(providers.dumps(message).decode())
+                return
+            for at in range(0, len(message), self._FRAME):
+                await self._socket.send(bytes(message[at : at + self._FRAME]))
+
+    def close(self, reason: str = "client") -> None:
+        """Ask the gateway to end it; `session.closed` comes as it does in process."""
+        if self.closed is None and self._closing is None:
+            self._closing = asyncio.create_task(self.send({"type": "session.close"}))
+
+    def _read(self, frame: str | bytes) -> live.LiveEvent | live.LiveAudio:
+        """Raises `ProviderError` for what a gateway does not say."""
+        if isinstance(frame, bytes):
+            return live.LiveAudio(self._response_id, frame, self._sample_rate)
+        try:
+            data = providers.loads(frame)
+            if data["type"] == "audio_delta":
+                pcm = base64.b64decode(data["delta"]["data"], validate=True)
+                return live.LiveAudio(data["response_id"], pcm, data["delta"]["sample_rate"])
+            self._note(data)
+            return live.LiveEvent(data["type"] + "", data)
+        except (ValueError, KeyError, TypeError):
+            raise ProviderError("the gateway's message cannot be read", code="unreadable_answer") from None
+
+    def _note(self, data: JSON) -> None:
+        response_id = data.get("response_id")
+        if data["type"] == "audio.start":
+            self._response_id, self._sample_rate = data["response_id"], data["sample_rate"]
+        elif data["type"] == "tool_use" and (tool := self._tools.get(data["name"])):
+            call = asyncio.create_task(self._call(tool, data["id"], data["input"]))
+            self._calls[call] = data["response_id"]
+            call.add_done_callback(self._calls.pop)
+        elif data["type"] in self._ENDS and response_id:
+            for call in [call for call, of in self._calls.items() if of == response_id]:
+                call.cancel()
+
+    async def _call(self, tool: Tool[..., Any], id: str, input: JSON) -> None:
+        content, is_error = await _call_tool(tool, input)
+        await self.send({"type": "tool_result", "tool_use_id": id, "content": content, "is_error": is_error})
+
+
+@functools.cache
+def _gateway_adapter() -> voice.SpeechAdapter:
+    """The gateway, as what sockets are opened to."""
+
+    class Gateway(voice.SpeechAdapter):
+        def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, credential: Credential) -> Error:
+            return error_from_wire(body, status)
+
+    return Gateway("gateway", "gateway", "", (), (), (), (), ())
 
 
 # == The asynchronous client ===========================================================================================
@@ -1818,6 +2103,25 @@ class AsyncClient:
         chat.usage = usage
         return chat
 
+    @contextlib.asynccontextmanager
+    async def live(self, *, model: str, **fields: Unpack[LiveFields]) -> AsyncIterator[AsyncLive]:
+        """A conversation by voice: audio and messages in by `send`, events out by iterating.
+
+            async with client.live(model="openai/gpt-5", voice="VOICE-ID", tools=[get_weather]) as session:
+                ...                                     # await session.send(pcm), in a task of its own
+                async for event in session:
+                    if event.type == "audio_delta":     # event.data is PCM, s16le mono, 24 kHz
+                        ...
+
+        Needs live.py and voice.py. Raises the `Error` of what cannot be had. Functions with `@tool` are called here;
+        for other tools a `tool_use` event comes, which a `tool_result` message answers.
+        """
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        config, tools = _live_config(model, fields)
+        async with await self._engine.open_live(config, tools) as session:
+            yield session
+
     async def __aenter__(self) -> AsyncClient:
         return self
 
@@ -1985,6 +2289,44 @@ class AsyncAudio:
         body = _audio_body(options, SpeechOptions, text=text)
         client, engine, keys = self._client, self._client._engine, options.get("provider_keys")
         return AsyncSpeechStream(lambda: client._retrying(lambda: engine.open_speech(engine.parse_audio(body), keys)))
+
+
+# == Live voice ========================================================================================================
+
+
+class LiveFields(TypedDict, total=False):
+    """The fields of a live conversation beside `model`."""
+
+    voice: str | Mapping[str, Any]
+    """A voice's id, or settings: `input`, `output`, `vad`, `grace_period`, `interrupt`."""
+    system: str | Sequence[Block]
+    messages: Messages
+    """What was said before."""
+    tools: Sequence[ToolLike]
+    max_tokens: int
+    temperature: float
+    thinking: Mapping[str, Any]
+    audio_in: Mapping[str, Any]
+    """`sample_rate`, in Hz: 16000, 24000 or 48000. What is sent is PCM, s16le mono."""
+    audio_out: Mapping[str, Any]
+    """`sample_rate`, in Hz: 8000, 16000, 22050, 24000, 44100 or 48000."""
+    provider_keys: Mapping[str, str]
+
+
+def _live_config(model: str, fields: LiveFields) -> tuple[JSON, list[Tool[..., Any]]]:
+    """The body of `session.configure`, and the tools that are functions. Raises `TypeError` for unknown arguments."""
+    if unknown := fields.keys() - LiveFields.__annotations__.keys():
+        near = difflib.get_close_matches(min(unknown), LiveFields.__annotations__, 1)
+        raise TypeError(f"unknown argument {min(unknown)!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    given: dict[str, Any] = dict(fields)
+    tools = given["tools"] = _tool_list(given.get("tools"))
+    if isinstance(given.get("voice"), str):
+        given["voice"] = {"output": {"voice": given["voice"], "format": "pcm"}}
+    config = request_body(model, given.pop("messages", None) or [], given)
+    for tool, wire in zip(tools, config["tools"], strict=True):
+        if isinstance(tool, Tool) and tool.side_effects:
+            wire["side_effects"] = True
+    return config, [tool for tool in tools if isinstance(tool, Tool)]
 
 
 # == The tool loop =====================================================================================================
@@ -3199,6 +3541,38 @@ class SpeechStream(_Blocking[bytes]):
         return self._async.duration
 
 
+class Live:
+    """`AsyncLive` without `await`: one thread iterates, others send."""
+
+    def __init__(self, portal: _Portal, session: AsyncLive) -> None:
+        self._portal = portal
+        self._async = session
+
+    @property
+    def closed(self) -> str | None:
+        return self._async.closed
+
+    def __iter__(self) -> Iterator[live.LiveEvent | live.LiveAudio]:
+        return self
+
+    def __next__(self) -> live.LiveEvent | live.LiveAudio:
+        if (event := self._portal.call(self._next)) is None:
+            raise StopIteration
+        return event
+
+    async def _next(self) -> live.LiveEvent | live.LiveAudio | None:
+        try:
+            return await anext(self._async)
+        except StopAsyncIteration:
+            return None
+
+    def send(self, message: bytes | JSON) -> None:
+        self._portal.call(self._async.send, message)
+
+    def close(self, reason: str = "client") -> None:
+        self._portal.soon(self._async.close, reason)
+
+
 class SyncMessages:
     """`client.messages`."""
 
@@ -3359,6 +3733,27 @@ class Client:
         chat = Conversation(self, model, messages, fields)
         chat.usage = usage
         return chat
+
+    @contextlib.contextmanager
+    def live(self, *, model: str, **fields: Unpack[LiveFields]) -> Iterator[Live]:
+        """A conversation by voice: audio and messages in by `send`, events out by iterating.
+
+            with client.live(model="openai/gpt-5", voice="VOICE-ID", tools=[get_weather]) as session:
+                ...                                     # session.send(pcm), on a thread of its own
+                for event in session:
+                    if event.type == "audio_delta":     # event.data is PCM, s16le mono, 24 kHz
+                        ...
+
+        Needs live.py and voice.py. Raises the `Error` of what cannot be had. Functions with `@tool` are called here;
+        for other tools a `tool_use` event comes, which a `tool_result` message answers.
+        """
+        opened = self._async.live(model=model, **fields)
+        session = self._portal.call(opened.__aenter__)
+        try:
+            yield Live(self._portal, session)
+        finally:
+            if not self._portal.stopped:  # by which it was closed
+                self._portal.call(opened.__aexit__, None, None, None)
 
     def __enter__(self) -> Client:
         return self

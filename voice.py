@@ -1603,6 +1603,10 @@ class SpeechAdapter:
         """The model that takes a recording, or that speaks."""
         raise NotImplementedError
 
+    def stream_model(self, settings: VoiceInput) -> str:
+        """The model that listens as it is spoken."""
+        raise NotImplementedError
+
     def encode_transcription(
         self, recording: Recording, settings: VoiceInput, credential: Credential, base_url: str, *, words: bool = True
     ) -> HTTPRequest:
@@ -1778,12 +1782,12 @@ class Cartesia(SpeechAdapter):
     # -- over WebSockets --
 
     def has_turns(self, settings: VoiceInput) -> bool:
-        return self._stream_model(settings) == "ink-2"
+        return self.stream_model(settings) == "ink-2"
 
     def open_stt(
         self, settings: VoiceInput, sample_rate: int, turns: bool, credential: Credential, base_url: str
     ) -> HTTPRequest:
-        query = {"model": self._stream_model(settings), "encoding": "pcm_s16le", "sample_rate": sample_rate}
+        query = {"model": self.stream_model(settings), "encoding": "pcm_s16le", "sample_rate": sample_rate}
         if not turns:
             query["language"] = _language(settings.language or "en")
         path = "/stt/turns/websocket" if turns else "/stt/websocket"
@@ -1791,7 +1795,7 @@ class Cartesia(SpeechAdapter):
 
     def stt(self, settings: VoiceInput, sample_rate: int, turns: bool) -> CartesiaSTT:
         if turns and not self.has_turns(settings):
-            message = f"{self._stream_model(settings)} finds no turns; ink-2 does, for English"
+            message = f"{self.stream_model(settings)} finds no turns; ink-2 does, for English"
             raise InvalidRequestError(f"model: {message}", param="model", code="unsupported_feature")
         return CartesiaSTT(self, sample_rate, turns)
 
@@ -1825,7 +1829,7 @@ class Cartesia(SpeechAdapter):
             body["generation_config"] = config
         return body
 
-    def _stream_model(self, settings: VoiceInput) -> str:
+    def stream_model(self, settings: VoiceInput) -> str:
         """English has a model of its own."""
         return settings.model or ("ink-2" if _language(settings.language or "en") == "en" else "ink-whisper")
 
@@ -2092,6 +2096,11 @@ def model_of(settings: VoiceInput | VoiceOutput) -> str:
     return f"{settings.provider}/{SPEECH[settings.provider].model(settings)}"
 
 
+def listener_of(settings: VoiceInput) -> str:
+    """What listens as it is spoken, as `service/model`."""
+    return f"{settings.provider}/{SPEECH[settings.provider].stream_model(settings)}"
+
+
 # == Sockets ===========================================================================================================
 
 _RECONNECTABLE = (None, 1000, 1001, 1005, 1006, 1011, 1012, 1013, 1015)
@@ -2222,17 +2231,21 @@ class Socket:
 
     async def receive(self, patience: float | None = None) -> str:
         """The next text frame; waits `patience` seconds, without it for good. Raises `TimeoutError`."""
+        while True:
+            if isinstance(frame := await self.receive_any(patience), str):
+                return frame
+
+    async def receive_any(self, patience: float | None = None) -> str | bytes:
+        """The next frame, text or binary."""
         import aiohttp
 
-        while True:
-            async with asyncio.timeout(patience):
-                message = await self._raw.receive()
-            if message.type == aiohttp.WSMsgType.TEXT:
-                text: str = message.data
-                return text
-            if message.type != aiohttp.WSMsgType.BINARY:
-                code = self._raw.close_code
-                raise self._broken("connection_broken" if code in _RECONNECTABLE else "connection_refused", code)
+        async with asyncio.timeout(patience):
+            message = await self._raw.receive()
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            data: str | bytes = message.data
+            return data
+        code = self._raw.close_code
+        raise self._broken("connection_broken" if code in _RECONNECTABLE else "connection_refused", code)
 
     def _broken(self, code: str, close_code: int | None = None) -> Error:
         detail = f" ({close_code})" if close_code and close_code != 1006 else ""
@@ -2441,6 +2454,7 @@ class STTSession:
         self._covered = 0  # of them by final transcripts
         self._odd = b""
         self._failures = 0
+        self.reconnects = 0
         self._last = ""  # final transcript
         self._before = ""  # the last one of an older connection, until the first one of this
         self._turn: str | None = None  # the transcript of the open turn
@@ -2609,6 +2623,7 @@ class STTSession:
                 except Error as fault:
                     if self._failures >= ATTEMPTS or not fault.retryable:
                         raise
+        self.reconnects += 1
         self._before = self._last
         if self._turn is not None:
             self._reopened = True
@@ -2652,6 +2667,7 @@ class TTSSession:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._socket: Socket | None = None
+        self.reconnects = 0
         self._used = 0.0
         self._contexts: dict[str, TTSContext] = {}
         self._reading = asyncio.Lock()
@@ -2697,6 +2713,7 @@ class TTSSession:
     async def _lose(self, socket: Socket) -> None:
         if self._socket is socket:
             self._socket = None
+            self.reconnects += 1
         await socket.close()
 
     async def _send(self, context: TTSContext, frames: list[str]) -> None:

@@ -251,7 +251,7 @@ def test_variables_exist() -> None:
 def test_codes_are_told() -> None:
     """README has every `code` that an error of the gateway may have."""
     found: set[str] = set()
-    for name in ("server.py", "vai.py", "providers.py"):
+    for name in ("server.py", "live.py", "vai.py", "providers.py"):
         found |= set(re.findall(r'\bcode="([a-z_]+)"', (ROOT / name).read_text("utf-8")))
     found |= {f"{scope}_rpm" for scope in server.REFUSALS}
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -262,11 +262,11 @@ def test_codes_are_told() -> None:
 
 
 async def test_health(gateway: Served) -> None:
-    """All of it, in its shape; there is no live session yet."""
+    """All of it, in its shape."""
     body = (await gateway.get("/health", key=None)).body
     assert body.keys() == {"status", "version", "providers", "voice", "live", "uptime_seconds"}
     assert body["providers"] == {id: {"configured": True} for id in server.PROVIDERS}
-    assert (body["voice"], body["live"]) == ({"cartesia": {"configured": True}}, {"active": 0, "limit": 0})
+    assert (body["voice"], body["live"]) == ({"cartesia": {"configured": True}}, {"active": 0, "limit": 1000})
 
 
 BANNERS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # sections, what it says, what it does not

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "providers": (set(), set()),
     "sandbox": (set(), set()),
-    "vai": ({"providers"}, {"voice"}),
+    "vai": ({"providers"}, {"voice", "live"}),
     "voice": ({"providers"}, set()),
-    "live": ({"providers", "voice"}, set()),
-    "server": ({"providers", "vai", "voice"}, {"sandbox"}),
+    "live": ({"providers", "voice"}, {"vai"}),
+    "server": ({"live", "providers", "vai", "voice"}, {"sandbox"}),
 }
 # The core dependencies with what they bring along, as far as it may be installed.
 PYDANTIC = r"pydantic(_core)?|annotated_types|typing_\w+"

@@ -1,0 +1,1090 @@
+"""Live sessions: whole conversations with the sandbox, which hears word for word what its `speech` says.
+
+They run on an event loop whose time goes `SPEED` times as fast as the clock on the wall.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import selectors
+import struct
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import JSON, KEY, Serve
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vai
+from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_config, read_message
+from sandbox import Sandbox, speech
+from voice import Resampler
+
+SPEED = 8.0
+FRAME = 640  # bytes of 20 ms at 16 kHz
+TINY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+# == Time ==============================================================================================================
+
+
+class QuickSelector(selectors.DefaultSelector):
+    def select(self, timeout: float | None = None) -> Any:
+        return super().select(timeout and timeout / SPEED)
+
+
+class QuickLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        super().__init__(QuickSelector())
+
+    def time(self) -> float:
+        return time.monotonic() * SPEED
+
+
+def quick(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60 * SPEED):
+            await work
+
+    with asyncio.Runner(loop_factory=QuickLoop) as runner:
+        runner.run(bounded())
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# == Talking ===========================================================================================================
+
+
+class Talk:
+    """A session with a microphone that is always on, and all that came of it."""
+
+    def __init__(self, session: LiveSession, sandbox: Sandbox) -> None:
+        self.session, self.sandbox = session, sandbox
+        self.events: list[LiveEvent | LiveAudio] = []
+        self.times: list[float] = []
+        self.rate = session.config.audio_in.sample_rate
+        self.size = self.rate // 50 * 2
+        self.microphone_on = True
+        self.echo = 0.0
+        self._playing = False
+        self._coming_back = bytearray()
+        self._resampler = Resampler(24_000, self.rate)
+        self._seen = 0
+        self._new = asyncio.Event()
+        self._unsaid = bytearray()
+        self._quiet = asyncio.Event()
+
+    async def read(self) -> None:
+        async for event in self.session:
+            self.events.append(event)
+            self.times.append(now())
+            if self.echo:
+                self.play_back(event)
+            self._new.set()
+        self._new.set()
+
+    def play_back(self, event: LiveEvent | LiveAudio) -> None:
+        """A loudspeaker that the microphone hears, `echo` of it; it does as it is told."""
+        if isinstance(event, LiveAudio):
+            pcm = self._resampler.feed(event.data)
+            samples = struct.unpack(f"<{len(pcm) // 2}h", pcm)
+            self._coming_back += struct.pack(f"<{len(samples)}h", *(round(self.echo * sample) for sample in samples))
+        elif event.type in ("audio.pause", "audio.resume"):
+            self._playing = event.type == "audio.resume"
+        elif event.type in ("audio.start", "audio.flush"):
+            self._coming_back.clear()
+            self._playing = True
+
+    async def speak(self) -> None:
+        began, frames = now(), 0
+        while True:
+            if self.microphone_on:
+                heard = self._coming_back if self._coming_back and self._playing else self._unsaid
+                frame = bytes(heard[: self.size])
+                del heard[: self.size]
+                if not self._unsaid:
+                    self._quiet.set()
+                await self.session.send(frame + bytes(self.size - len(frame)))
+            frames += 1
+            await asyncio.sleep(max(0.0, began + frames * 0.02 - now()))
+
+    async def say(self, text: str) -> None:
+        """Returns when it was said."""
+        await self.play(speech(text, self.rate))
+
+    async def play(self, pcm: bytes) -> None:
+        self._unsaid += pcm
+        self._quiet.clear()
+        await self._quiet.wait()
+
+    async def send(self, type: str, **fields: Any) -> None:
+        await self.session.send({"type": type, **fields})
+
+    async def until(self, type: str, **fields: Any) -> LiveEvent:
+        """The next event like this; what came before it is passed over."""
+        while True:
+            while self._seen < len(self.events):
+                event = self.events[self._seen]
+                self._seen += 1
+                if not isinstance(event, LiveEvent) or event.type != type:
+                    continue
+                if all(event.get(name) == value for name, value in fields.items()):
+                    return event
+            assert self.session.closed is None or self.events[-1].type != "session.closed", self.types
+            self._new.clear()
+            await self._new.wait()
+
+    @property
+    def types(self) -> list[str]:
+        """What was told but for the model's own events and the microphone's."""
+        return [
+            event.type
+            for event in self.events
+            if not event.type.startswith(("vad.", "transcript", "content_", "message_", "ping", "state", "audio_delta"))
+        ]
+
+    @property
+    def story(self) -> list[str]:
+        """For whoever has to find out why a test failed."""
+        return [
+            f"{when - self.times[0]:8.3f} {event.type} {event.data if isinstance(event, LiveEvent) else event.seconds}"[
+                :200
+            ]
+            for event, when in zip(self.events, self.times, strict=True)
+        ]
+
+    def told(self, type: str) -> list[LiveEvent]:
+        return [event for event in self.events if isinstance(event, LiveEvent) and event.type == type]
+
+    def audio(self, response_id: str | None = None) -> bytes:
+        pieces = [event for event in self.events if isinstance(event, LiveAudio)]
+        return b"".join(piece.data for piece in pieces if response_id in (None, piece.response_id))
+
+    def written(self) -> str:
+        """What the model wrote."""
+        return "".join(event["delta"].get("text", "") for event in self.told("content_block_delta"))
+
+    def requests(self) -> list[JSON]:
+        """What the model (not the fast one) was asked."""
+        return [request.body or {} for request in self.sandbox.requests if request.provider == "anthropic"]
+
+
+@contextlib.asynccontextmanager
+async def talking(
+    *,
+    tools: Any = (),
+    timing: Timing | None = None,
+    max_duration: float = 7200.0,
+    sandbox: Sandbox | None = None,
+    **config: Any,
+) -> AsyncIterator[Talk]:
+    """A session with the sandbox. At its end nothing of it is left."""
+    async with contextlib.AsyncExitStack() as stack:
+        running = sandbox or await stack.enter_async_context(Sandbox())
+        engine = vai.Direct(environ=running.environ)
+        stack.push_async_callback(engine.close)
+        before = asyncio.all_tasks()
+        detectors = await stack.enter_async_context(Detectors("energy"))
+        told = [
+            {**tool.to_wire(), "side_effects": tool.side_effects} if isinstance(tool, vai.Tool) else tool
+            for tool in tools
+        ]
+        given = read_config({"model": "anthropic/claude-sonnet-4-5", "tools": told, **config})
+        session = engine.live_session(given, detectors=detectors, tools=tools, timing=timing, max_duration=max_duration)
+        async with session:
+            talk = Talk(session, running)
+            reading, speaking = asyncio.create_task(talk.read()), asyncio.create_task(talk.speak())
+            try:
+                yield talk
+            except BaseException as fault:
+                fault.add_note("\n".join(talk.story))
+                raise
+            finally:
+                speaking.cancel()
+                session.close()
+                await asyncio.wait([reading, speaking])
+                left_at = now()
+        assert now() - left_at < SPEED
+        assert talk.events[-1].type == "session.closed"
+        assert reading.exception() is None
+        assert len(talk.told("session.closed")) == 1
+        valid(session.messages)
+        await nothing_left(running, before)
+
+
+async def nothing_left(sandbox: Sandbox, before: set[Any]) -> None:
+    """No request of the sandbox's is open, and no task is left but those of its connections, which are kept alive."""
+    for _ in range(100):
+        left = [task for task in asyncio.all_tasks() - before if "RequestHandler.start" not in repr(task.get_coro())]
+        if not sandbox.open and left == [asyncio.current_task()][: len(left)]:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError((sandbox.open, left))
+
+
+def valid(messages: list[JSON]) -> None:
+    roles = [message["role"] for message in messages]
+    assert all(one != other for one, other in itertools.pairwise(roles)), roles
+    assert not roles or roles[0] == "user"
+
+
+VAD: JSON = {"input": {"turn_detection": "vad"}, "vad": {"silence_duration_ms": 320, "max_silence_ms": 1200}}
+NO_GRACE: JSON = {**VAD, "grace_period": {"enabled": False}}
+
+
+# == Conversations =====================================================================================================
+
+
+@pytest.mark.parametrize("detection", ["vad", "auto"])
+def test_a_conversation(detection: str) -> None:
+    """Two turns: the events in their order, the audio whole and in time, the history."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": detection}}, system="Be brief.") as talk:
+            for text in ("Hello there, my friend.", "Good bye."):
+                await talk.say(f"[say {text}]")
+                await talk.until("input.committed", transcript=f"[say {text}]")
+                start = await talk.until("audio.start", format="pcm", sample_rate=24_000)
+                started = now()
+                done = await talk.until("audio.done")
+                assert talk.audio(start["response_id"]) == speech(text)
+                assert abs(done["duration_ms"] - len(speech(text)) / 48) < 2
+                assert now() - started >= len(speech(text)) / 48_000 - 0.1
+                metrics = await talk.until(
+                    "turn.metrics", cancelled_runs=talk.told("turn.metrics")[-1]["cancelled_runs"]
+                )
+                assert 0 <= metrics["decision_ms"] <= metrics["first_audio_ms"]
+                await talk.until("state", state="listening")
+            turn = ["input.committed", "grace_period.started", "audio.start", "audio.done", "turn.metrics"]
+            assert [type for type in talk.types if type != "grace_period.expired"] == ["session.created", *turn, *turn]
+            assert [(one["role"], one["content"]) for one in talk.session.messages] == [
+                ("user", "[say Hello there, my friend.]"),
+                ("assistant", [{"type": "text", "text": "Hello there, my friend."}]),
+                ("user", "[say Good bye.]"),
+                ("assistant", [{"type": "text", "text": "Good bye."}]),
+            ]
+            assert talk.requests()[-1]["messages"] == talk.session.messages[:3]
+            created = talk.told("session.created")[0]
+            assert created["config"]["system"] == "Be brief."
+            assert "provider_keys" not in created["config"]
+
+    quick(work())
+
+
+def test_audio_is_about_a_second_ahead() -> None:
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.send("input.text", text="[words 18]")
+            await talk.until("audio.done")
+            at = next(i for i, event in enumerate(talk.events) if event.type == "audio.start")
+            sent = 0.0
+            for event, when in list(zip(talk.events, talk.times, strict=True))[at:]:
+                if isinstance(event, LiveAudio):
+                    assert event.seconds <= 0.1
+                    sent += event.seconds
+                    assert sent <= when - talk.times[at] + 1.2
+            assert sent > 4
+
+    quick(work())
+
+
+@pytest.mark.parametrize("save", ["marked", "none", "full"])
+def test_barge_in(save: str) -> None:
+    """The answer stops at once; of it, history has what was heard."""
+
+    async def work() -> None:
+        async with talking(voice={**NO_GRACE, "interrupt": {"save_partial": save}}) as talk:
+            await talk.send("input.text", text="[words 60]")
+            start = await talk.until("audio.start")
+            await asyncio.sleep(2)
+            await talk.say("Stop.")
+            pause = await talk.until("audio.pause", response_id=start["response_id"])
+            flush = await talk.until("audio.flush", response_id=start["response_id"])
+            assert flush["from_ms"] == pause["position_ms"] > 500
+            told = await talk.until("response.interrupted")
+            assert (told["interrupt_transcript"], told["audio_position_ms"]) == ("Stop.", flush["from_ms"])
+            partial = told["partial_text"]
+            assert talk.written().startswith(partial)
+            assert 1 <= len(partial.split()) < 50
+            await talk.until("input.committed", transcript="Stop.")
+            await talk.until("audio.start")
+            at = talk.events.index(flush)
+            assert all(
+                event.response_id != start["response_id"] for event in talk.events[at:] if isinstance(event, LiveAudio)
+            )
+            kept = {"marked": f"{partial} [interrupted]", "full": partial}.get(save)
+            texts = [one["content"][0]["text"] for one in talk.requests()[-1]["messages"] if one["role"] == "assistant"]
+            assert texts == ([kept] if kept else [])
+
+    quick(work())
+
+
+@pytest.mark.parametrize("reason", ["backchannel", "no_speech"])
+def test_a_murmur_pauses_and_nothing_is_lost(reason: str) -> None:
+    async def work() -> None:
+        async with talking(voice=NO_GRACE) as talk:
+            await talk.say("[words 14]")
+            await talk.until("audio.start")
+            await asyncio.sleep(0.8)
+            await (talk.say("Yeah, yeah.") if reason == "backchannel" else talk.play(buzz(0.4)))
+            pause = await talk.until("audio.pause")
+            await talk.until("interrupt.dismissed", reason=reason)
+            resume = await talk.until("audio.resume")
+            assert pause["position_ms"] == resume["position_ms"]
+            await talk.until("audio.done")
+            between = talk.events[talk.events.index(pause) : talk.events.index(resume)]
+            assert not any(isinstance(event, LiveAudio) for event in between)
+            assert talk.audio() == speech(talk.written())
+            assert len(talk.session.messages) == 2
+
+    quick(work())
+
+
+def buzz(seconds: float) -> bytes:
+    """Sound without words."""
+    return (struct.pack("<h", 6000) * 20 + struct.pack("<h", -6000) * 20) * round(seconds * 400)
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.03], ids=["-20 dB", "-30 dB"])
+def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
+    """Even where the speech service makes words of it; and somebody who speaks over it is heard."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.transcripts.append("one two three four five six seven eight nine ten eleven twelve")
+            async with talking(sandbox=sandbox, voice=NO_GRACE) as talk:
+                text = "One two three four five six seven eight nine ten eleven twelve."
+                talk.echo = gain
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                assert not talk.told("response.interrupted")
+                assert len(talk.told("audio.pause")) <= 1
+                assert talk.audio() == speech(text)
+                await asyncio.sleep(1)
+                assert len(talk.told("input.committed")) == 1
+
+    quick(work())
+
+
+def test_history_ends_where_the_client_says_that_it_played() -> None:
+    """Its loudspeaker is late: what real time would allow was not heard."""
+
+    async def work() -> None:
+        async with talking(voice=NO_GRACE) as talk:
+            await talk.send("input.text", text="[say One two three four five six seven eight nine ten.]")
+            start = await talk.until("audio.start")
+            await asyncio.sleep(2)
+            end_of_three = len(speech("One two three")) / 48
+            await talk.send("playback", response_id=start["response_id"], played_ms=end_of_three)
+            await talk.send("input.interrupt")
+            told = await talk.until("response.interrupted")
+            assert told["partial_text"] == "One two three"
+            assert abs(told["audio_position_ms"] - end_of_three) < 2
+
+    quick(work())
+
+
+def test_words_within_grace_make_one_turn() -> None:
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.say("[wait 3] [say Fine.]")
+            await talk.until("input.committed")
+            await talk.say("And tomorrow as well.")
+            extended = await talk.until("grace_period.extended")
+            assert extended["previous_transcript"] == "[wait 3] [say Fine.]"
+            both = "[wait 3] [say Fine.] And tomorrow as well."
+            await talk.until("input.committed", transcript=both)
+            await talk.until("audio.done")
+            roles = [(one["role"], one["content"]) for one in talk.session.messages]
+            assert roles == [("user", both), ("assistant", [{"type": "text", "text": "Fine."}])]
+            assert [request["messages"][-1]["content"] for request in talk.requests()][-1] == both
+
+    quick(work())
+
+
+def test_the_model_begins_before_the_turn_is_over_and_is_held() -> None:
+    """The fast model thinks; meanwhile the answer is made, but nothing of it goes out."""
+
+    async def work() -> None:
+        async with talking(voice=NO_GRACE) as talk:
+            await talk.say("Would you [wait 0.2] [say Yes.]")
+            await talk.until("vad.analyzing")
+            await talk.until("input.committed")
+            await talk.until("audio.done")
+            committed = next(i for i, event in enumerate(talk.events) if event.type == "input.committed")
+            assert not any(event.type.startswith(("message", "content", "audio")) for event in talk.events[:committed])
+            requests = [request for request in talk.sandbox.requests if request.provider in ("anthropic", "groq")]
+            assert sorted(request.provider for request in requests) == ["anthropic", "groq"]
+            assert talk.audio() == speech("Yes.")
+
+    quick(work())
+
+
+def test_the_fast_model_says_no() -> None:
+    """Then the silence goes on for as long as it may, and the turn is forced."""
+
+    async def work() -> None:
+        async with talking(voice=NO_GRACE) as talk:
+            await talk.say("[say No.]")
+            silent = now()
+            await talk.until("input.committed", forced=True)
+            assert now() - silent > 0.9
+            await talk.until("audio.done")
+
+    quick(work())
+
+
+def test_a_fast_model_that_cannot_be_had() -> None:
+    """It is asked once; the words alone decide."""
+
+    async def work() -> None:
+        async with talking(voice={**NO_GRACE, "vad": {**VAD["vad"], "model": "groq/not-exist"}}) as talk:
+            for _ in range(2):
+                await talk.say("[say Right.]")
+                await talk.until("input.committed", forced=False)
+                await talk.until("audio.done")
+            assert [request.provider for request in talk.sandbox.requests].count("groq") == 1
+
+    quick(work())
+
+
+def test_push_to_talk() -> None:
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": "manual"}}) as talk:
+            await talk.say("[say Over.] My first part.")
+            await asyncio.sleep(2)
+            await talk.say("And my second.")
+            assert not talk.told("input.committed")
+            await talk.send("input.commit")
+            told = await talk.until("input.committed", forced=False)
+            assert told["transcript"] == "[say Over.] My first part. And my second."
+            await talk.until("audio.done")
+            await talk.send("input.commit")
+            assert (await talk.until("error"))["error"]["code"] == "nothing_to_commit"
+            assert talk.audio() == speech("Over.")
+
+    quick(work())
+
+
+def test_a_picture_waits_for_its_words() -> None:
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": TINY_PNG}}
+            await talk.send("input.content", content=[picture])
+            await talk.say("[say A dot.]")
+            await talk.until("audio.done")
+            asked = talk.requests()[-1]["messages"][-1]["content"]
+            assert [block["type"] for block in asked] == ["image", "text"]
+
+    quick(work())
+
+
+# == Tools =============================================================================================================
+
+CALL = '[tool get_weather {"city":"Oslo"}] [tool get_weather {"city":"Rome"}] [then] [say Mild.]'
+WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+def test_tools_in_this_process() -> None:
+    """Side by side, and what goes wrong is for the model to read."""
+
+    async def work() -> None:
+        together = asyncio.Barrier(2)
+
+        @vai.tool
+        async def get_weather(city: str) -> str:
+            "The weather."
+            await together.wait()
+            if city == "Rome":
+                raise ValueError("no such city")
+            return f"{city}: mild"
+
+        async with talking(voice=VAD, tools=[get_weather]) as talk:
+            await talk.send("input.text", text=CALL)
+            await talk.until("tool_use", name="get_weather", input={"city": "Oslo"})
+            await talk.until("audio.done")
+            results = talk.session.messages[2]["content"]
+            assert [(one["content"], one.get("is_error", False)) for one in results] == [
+                ("Oslo: mild", False),
+                ("no such city", True),
+            ]
+            assert talk.audio() == speech("Mild.")
+
+    quick(work())
+
+
+def test_tools_of_the_client() -> None:
+    async def work() -> None:
+        async with talking(voice=VAD, tools=[WEATHER]) as talk:
+            await talk.send("input.text", text=CALL)
+            uses = [await talk.until("tool_use"), await talk.until("tool_use")]
+            assert [use["input"]["city"] for use in uses] == ["Oslo", "Rome"]
+            for use in reversed(uses):
+                await talk.send("tool_result", tool_use_id=use["id"], content=f"{use['input']['city']} is fine")
+            await talk.send("tool_result", tool_use_id=uses[0]["id"], content="again")
+            assert (await talk.until("error", fatal=False))["error"]["code"] == "unknown_tool_call"
+            await talk.until("audio.done")
+            results = talk.session.messages[2]["content"]
+            assert [one["content"] for one in results] == ["Oslo is fine", "Rome is fine"]
+
+    quick(work())
+
+
+def test_an_interruption_cancels_tools() -> None:
+    async def work() -> None:
+        cancelled = asyncio.Event()
+
+        @vai.tool
+        async def get_weather(city: str) -> str:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return ""
+
+        async with talking(voice=VAD, tools=[get_weather]) as talk:
+            await talk.send("input.text", text='[tool get_weather {"city":"Oslo"}]')
+            await talk.until("tool_use")
+            await talk.send("input.interrupt", transcript="[say Never mind then.]")
+            await talk.until("response.interrupted")
+            await cancelled.wait()
+            await talk.until("audio.done")
+            assert talk.session.messages[2]["content"][0]["is_error"]
+
+    quick(work())
+
+
+def test_a_tool_that_takes_too_long() -> None:
+    async def work() -> None:
+        async with talking(voice=VAD, tools=[WEATHER], timing=Timing(tool=0.5)) as talk:
+            await talk.send("input.text", text='[tool get_weather {"city":"Oslo"}] [then] [say Sorry.]')
+            use = await talk.until("tool_use")
+            await talk.until("audio.done")
+            await talk.send("tool_result", tool_use_id=use["id"], content="late")
+            assert (await talk.until("error"))["error"]["code"] == "unknown_tool_call"
+            assert "timed out" in talk.session.messages[2]["content"][0]["content"]
+
+    quick(work())
+
+
+def test_side_effects_wait_for_the_end_of_grace() -> None:
+    async def work() -> None:
+        called: list[float] = []
+
+        @vai.tool(side_effects=True)
+        def get_weather(city: str) -> str:
+            called.append(1)
+            return city
+
+        grace = {**VAD, "grace_period": {"duration_ms": 700}}
+        async with talking(voice=grace, tools=[get_weather]) as talk:
+            await talk.send("input.text", text='[tool get_weather {"city":"Oslo"}] [then] [say Done.]')
+            await talk.until("message_stop")
+            assert not called
+            await talk.until("grace_period.expired")
+            await talk.until("audio.done")
+            assert called
+            assert talk.types.index("grace_period.expired") < talk.types.index("tool_use")
+
+    quick(work())
+
+
+# == What comes in =====================================================================================================
+
+
+@pytest.mark.parametrize("sizes", [(641, 639), (1, 1279), (333,)])
+def test_frames_of_any_length(sizes: tuple[int, ...]) -> None:
+    """A sample may be cut in two: none is lost, and none is moved."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": "manual"}}) as talk:
+            talk.microphone_on = False
+            pcm, at = speech("[say Hi.] An odd thing to say.", 16_000), 0
+            for number in range(len(pcm)):
+                size = sizes[number % len(sizes)]
+                await talk.session.send(pcm[at : at + size])
+                at += size
+                if at >= len(pcm):
+                    break
+            await talk.send("input.commit")
+            await talk.until("input.committed", transcript="[say Hi.] An odd thing to say.")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("rate", [24_000, 48_000])
+def test_other_rates_of_the_microphone(rate: int) -> None:
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.transcripts.append("[say Heard.] and that is all")
+            async with talking(sandbox=sandbox, voice=VAD, audio_in={"sample_rate": rate}) as talk:
+                await talk.say("whatever it is that is said in here")
+                told = await talk.until("input.committed")
+                assert told["transcript"].startswith("[say Heard.]")
+                await talk.until("audio.done")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("rate", [8_000, 48_000])
+def test_other_rates_of_the_answer(rate: int) -> None:
+    async def work() -> None:
+        async with talking(voice=VAD, audio_out={"sample_rate": rate, "transport": "json"}) as talk:
+            await talk.send("input.text", text="[say Clear as a bell.]")
+            await talk.until("audio.start", sample_rate=rate)
+            await talk.until("audio.done")
+            assert talk.audio() == speech("Clear as a bell.", rate)
+            piece = next(event for event in talk.events if isinstance(event, LiveAudio)).to_wire()
+            assert (piece["type"], piece["delta"]["sample_rate"]) == ("audio_delta", rate)
+            assert piece["response_id"] == talk.told("audio.start")[0]["response_id"]
+
+    quick(work())
+
+
+MESSAGES: dict[str, tuple[Any, str | None, str | None]] = {
+    "no type": ({}, "type", None),
+    "unknown": ({"type": "input.dance"}, "type", "unknown_message"),
+    "update": ({"type": "session.update", "config": {}}, "type", "unsupported_message"),
+    "configured": ({"type": "session.configure", "config": {}}, "type", "already_configured"),
+    "text": ({"type": "input.text", "text": 5}, "text", None),
+    "empty text": ({"type": "input.text", "text": " "}, None, "nothing_to_commit"),
+    "much text": ({"type": "input.text", "text": "a" * 1_000_000}, "text", "text_too_long"),
+    "no content": ({"type": "input.content"}, "content", None),
+    "empty content": ({"type": "input.content", "content": []}, None, "nothing_to_commit"),
+    "a block": ({"type": "input.content", "content": [{"type": "image"}]}, "content[0].source", None),
+    "a result": ({"type": "tool_result", "tool_use_id": "x", "content": 5}, "content", None),
+    "nobody's result": ({"type": "tool_result", "tool_use_id": "x"}, "tool_use_id", "unknown_tool_call"),
+    "is_error": ({"type": "tool_result", "tool_use_id": "x", "is_error": "no"}, "is_error", None),
+    "playback": ({"type": "playback", "response_id": "x", "played_ms": -1}, "played_ms", None),
+    "no playback": ({"type": "playback", "response_id": "x", "played_ms": True}, "played_ms", None),
+    "commit": ({"type": "input.commit"}, None, "nothing_to_commit"),
+    "interrupt": ({"type": "input.interrupt"}, None, "nothing_to_interrupt"),
+    "interrupt with": ({"type": "input.interrupt", "transcript": None}, "transcript", None),
+}
+
+
+def test_messages_that_mean_nothing() -> None:
+    """Each is an error, and the session goes on."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            for name, (message, param, code) in MESSAGES.items():
+                await talk.session.send(message)
+                error = await talk.until("error", fatal=False)
+                assert (error["error"].get("param"), error["error"].get("code")) == (param, code), name
+            await talk.send("playback", response_id="resp_of_old", played_ms=10)
+            await talk.send("input.text", text="[say Still here.]")
+            await talk.until("audio.done")
+            assert len(talk.told("error")) == len(MESSAGES)
+
+    quick(work())
+
+
+def test_audio_that_comes_too_fast() -> None:
+    """It is slowed to what a voice can be; who goes on like that is no microphone."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            talk.microphone_on = False
+            began = now()
+            for _ in range(4):
+                await talk.session.send(bytes(32_000))
+            assert now() - began > 2.5
+
+            async def flood() -> None:
+                while talk.session.closed is None:
+                    await talk.session.send(bytes(32_000))
+
+            talk.session._pace.patience = 1.0
+            await asyncio.gather(*(flood() for _ in range(5)))
+            assert (await talk.until("error", fatal=True))["error"]["code"] == "audio_too_fast"
+            await talk.until("session.closed", reason="audio_too_fast")
+
+    quick(work())
+
+
+# == Faults ============================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("fault", "type"),
+    [
+        ("[error 429 retry_after=7]", "rate_limit_error"),
+        ("[error 500]", "provider_error"),
+        ("[error_in_stream 529]", "overloaded_error"),
+        ("[break_off]", "provider_error"),
+        ("[reset]", "provider_error"),
+    ],
+)
+def test_the_model_fails(fault: str, type: str) -> None:
+    """The client is told, the user's words stay, and the next turn is answered."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.send("input.text", text=f"{fault} [words 30]")
+            error = await talk.until("error")
+            assert (error["error"]["type"], error["fatal"]) == (type, False)
+            assert error.get("response_id")
+            assert error.get("turn_id")
+            await talk.until("state", state="listening")
+            await talk.say("Are you there?")
+            await talk.until("input.committed", transcript="Are you there?")
+            await talk.until("error")  # also of a run that failed before the turn was committed
+            texts = [block["text"] for block in talk.requests()[-1]["messages"][-1]["content"]]
+            assert texts == [f"{fault} [words 30]", "Are you there?"]
+
+    quick(work())
+
+
+def test_a_lost_connection_loses_no_word() -> None:
+    """In the middle of what the user says."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": "manual"}}) as talk:
+            speaking = asyncio.create_task(talk.say("[say Yes.] I have been saying something rather long here."))
+            await talk.until("transcript.delta", delta="[say Yes.] I have")
+            assert talk.sandbox.drop_sockets() == 2
+            await speaking
+            await talk.send("input.commit")
+            told = await talk.until("input.committed")
+            assert told["transcript"] == "[say Yes.] I have been saying something rather long here."
+            await talk.until("audio.done")
+            assert talk.session.reconnects == 2
+            assert not talk.told("error")
+            assert talk.audio() == speech("Yes.")
+
+    quick(work())
+
+
+def test_speech_is_lost_in_the_middle_of_an_answer() -> None:
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.pace = 0.05
+            async with talking(sandbox=sandbox, voice=VAD) as talk:
+                text = "One two three. Four five six seven eight nine ten eleven twelve."
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.start")
+                await asyncio.sleep(1.2)
+                assert sandbox.drop_sockets() == 2
+                await talk.until("audio.done")
+                assert len(talk.audio()) >= len(speech(text)) - 4800
+                assert talk.session.messages[-1]["content"] == [{"type": "text", "text": text}]
+
+    quick(work())
+
+
+def test_speech_that_cannot_be_had() -> None:
+    """The text still arrives, the client is told why it is silent, and the session goes on."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.send("input.content", content=[{"type": "text", "text": "[words 2]"}])
+            await talk.until("audio.done")
+            talk.session._output = talk.session._output.model_copy(update={"voice": "not-exist"})
+            await talk.send("input.text", text="[say Hello there.]")
+            await talk.until("error", fatal=False)
+            await talk.until("state", state="listening")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("said", ["[error]", "[reset]"])
+def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said so far is a turn, the client is told, and another stream is opened."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.say("[say Hello.] This was heard")
+            with monkeypatch.context() as patch:
+                patch.setattr("voice.ATTEMPTS", 0)
+                await talk.say(said)
+                await talk.until("error", fatal=False)
+            await talk.until("audio.done")
+            assert talk.session.messages[0]["content"].startswith("[say Hello.] This was heard")
+            await talk.say("[say Once more.] now")
+            await talk.until("audio.done")
+            assert talk.audio().endswith(speech("Once more."))
+            assert talk.session.reconnects
+
+    quick(work())
+
+
+# == Ends ==============================================================================================================
+
+
+def test_nobody_is_there() -> None:
+    """No audio and no message."""
+
+    async def work() -> None:
+        async with talking(voice=VAD, timing=Timing(idle=2.0)) as talk:
+            await talk.send("input.text", text="[say Hello.]")
+            await talk.until("audio.done")
+            talk.microphone_on = False
+            began = now()
+            await talk.until("session.closed", reason="idle_timeout")
+            assert now() - began > 0.5
+            await talk.session.send(b"too late")
+            await talk.send("input.text", text="too late")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("reason", ["client", "max_duration", "draining"])
+def test_the_end_of_a_session(reason: str) -> None:
+    async def work() -> None:
+        async with talking(voice=VAD, max_duration=1.0 if reason == "max_duration" else 7200.0) as talk:
+            await talk.send("input.text", text="[words 50]")
+            await talk.until("audio.start")
+            if reason == "client":
+                await talk.send("session.close")
+            elif reason == "draining":
+                talk.session.close(reason)
+                talk.session.close("not this one")
+            await talk.until("session.closed", reason=reason)
+            assert talk.session.closed == reason
+
+    quick(work())
+
+
+MOMENTS = {
+    "listening": ("vad.speech", "[say Hello there, my friend.]"),
+    "grace": ("grace_period.started", "[wait 5]"),
+    "writing": ("message_start", "[slow 1] [words 20]"),
+    "speaking": ("audio.start", "[words 50]"),
+    "a tool": ("tool_use", '[tool get_weather {"city":"Oslo"}]'),
+    "a tool here": ("tool_use", "[tool wait {}]"),
+}
+
+
+@pytest.mark.parametrize("how", ["cancelled", "left"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_whoever_leaves_leaves_nothing_behind(moment: str, how: str) -> None:
+    """In each state, cancelled or not: `talking` sees to it that no request and no task is left."""
+
+    @vai.tool
+    async def wait() -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    async def work() -> None:
+        at, text = MOMENTS[moment]
+
+        async def begin() -> None:
+            async with talking(voice=VAD, tools=[WEATHER, wait]) as talk:
+                saying = asyncio.create_task(talk.say(text) if moment == "listening" else typed(talk, text))
+                try:
+                    await talk.until(at)
+                    if how == "cancelled":
+                        raise asyncio.CancelledError
+                finally:
+                    saying.cancel()
+
+        with contextlib.suppress(asyncio.CancelledError):
+            await begin()
+
+    async def typed(talk: Talk, text: str) -> None:
+        await talk.send("input.text", text=text)
+
+    quick(work())
+
+
+def test_many_sessions_come_and_go() -> None:
+    """One process listens for all of them; nothing of them is left."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox, Detectors("energy") as detectors:
+            engine = vai.Direct(environ=sandbox.environ)
+            config = read_config({"model": "anthropic/claude-sonnet-4-5", "voice": VAD})
+            before = asyncio.all_tasks()
+
+            async def one(number: int) -> None:
+                async with engine.live_session(config, detectors=detectors) as session:
+                    await session.send(speech("[say Hi.]", 16_000))
+                    if number % 2:
+                        await session.send({"type": "input.text", "text": "[words 30]"})
+                    async for event in session:
+                        if event.type == ("vad.speech", "audio_delta", "message_stop")[number % 3]:
+                            break
+                        if not number % 2 and event.type == "vad.silence":
+                            break
+
+            for _ in range(3):
+                await asyncio.gather(*(one(number) for number in range(12)))
+            await nothing_left(sandbox, before)
+            await engine.close()
+
+    quick(work())
+
+
+def test_a_client_that_does_not_read() -> None:
+    """What is said to nobody is kept up to a bound; no audio is made that nobody takes."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox, Detectors("energy") as detectors:
+            engine = vai.Direct(environ=sandbox.environ)
+            config = read_config({"model": "anthropic/claude-sonnet-4-5", "voice": VAD})
+            async with engine.live_session(config, detectors=detectors) as session:
+                await session.send({"type": "input.text", "text": "[words 600]"})
+                await asyncio.sleep(3)
+                assert len(session._out) < 400
+                assert sum(len(response.audio) for response in session._responses.values()) < 1 << 20
+                for _ in range(5000):
+                    await session.send({"type": "nonsense"})
+                assert session.closed == "slow_client"
+                events = [event async for event in session]
+                assert events[-1].get("reason") == "slow_client"  # type: ignore[union-attr]
+            await engine.close()
+
+    quick(work())
+
+
+# == Clients ===========================================================================================================
+
+
+@pytest.mark.parametrize("blocking", [False, True], ids=["async", "sync"])
+@pytest.mark.parametrize("mode", ["direct", "gateway"])
+async def test_clients(mode: str, blocking: bool, serve: Serve, sandbox: Sandbox) -> None:
+    """The same events in both modes, with `await` and without; a function is called here."""
+    cities: list[str] = []
+
+    @vai.tool
+    def get_weather(city: str) -> str:
+        cities.append(city)
+        return "mild"
+
+    options = (
+        {"base_url": (await serve()).url, "api_key": KEY}
+        if mode == "gateway"
+        else {"engine": vai.Direct(environ=sandbox.environ)}
+    )
+    fields: Any = {"model": "anthropic/claude-sonnet-4-5", "voice": "a-voice", "tools": [get_weather]}
+    typed = {"type": "input.text", "text": '[tool get_weather {"city":"Oslo"}] [then] [say Mild.]'}
+    events: list[LiveEvent | LiveAudio] = []
+
+    async def talk() -> None:
+        async with vai.AsyncClient(**options) as client, client.live(**fields) as session:
+            await session.send(bytes(641))
+            await session.send(typed)
+            async for event in session:
+                events.append(event)
+                if event.type == "audio.done":
+                    session.close()
+            assert session.closed == "client"
+
+    def talk_without_await() -> None:
+        with vai.Client(**options) as client, client.live(**fields) as session:
+            session.send(bytes(641))
+            session.send(typed)
+            for event in session:
+                events.append(event)
+                if event.type == "audio.done":
+                    session.close()
+            assert session.closed == "client"
+
+    await (asyncio.to_thread(talk_without_await) if blocking else talk())
+    assert cities == ["Oslo"]
+    pieces = [event for event in events if isinstance(event, LiveAudio)]
+    assert b"".join(piece.data for piece in pieces) == speech("Mild.")
+    start = next(event for event in events if event.type == "audio.start")
+    assert {piece.response_id for piece in pieces} == {start.to_wire()["response_id"]}
+    order = ["session.created", "input.committed", "tool_use", "audio.start", "audio_delta", "audio.done"]
+    told = [event.type for event in events]
+    assert [type for type in dict.fromkeys(told) if type in order] == order
+    assert told[-1] == "session.closed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault", "param"),
+    [
+        ({"model": "nope"}, vai.InvalidRequestError, "config.model"),
+        ({"voice": {"vad": {"model": "nope"}}}, vai.InvalidRequestError, "config.voice.vad.model"),
+        ({"voice": {"output": {"speed": 9.0}}}, vai.InvalidRequestError, "config.voice.output.speed"),
+        ({"audio_in": {"sample_rate": 7}}, vai.InvalidRequestError, "config.audio_in.sample_rate"),
+        ({"temperature": 5.0}, vai.InvalidRequestError, "config.temperature"),
+        ({"messages": [{"role": "nobody"}]}, vai.InvalidRequestError, "config.messages[0].role"),
+        ({"provider_keys": {"cartesia": "bad-key"}}, vai.AuthenticationError, None),
+        ({"voise": 1}, TypeError, None),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("mode", ["direct", "gateway"])
+async def test_what_cannot_be_had(
+    mode: str, fields: Any, fault: Any, param: str | None, serve: Serve, sandbox: Sandbox
+) -> None:
+    """It is raised where the session is opened, in both modes alike, and nothing stays open."""
+    options = (
+        {"base_url": (await serve()).url, "api_key": KEY}
+        if mode == "gateway"
+        else {"engine": vai.Direct(environ=sandbox.environ)}
+    )
+    async with vai.AsyncClient(**options) as client:
+        with pytest.raises(fault) as raised:
+            async with client.live(**{"model": "anthropic/claude-sonnet-4-5", **fields}):
+                raise AssertionError
+        assert getattr(raised.value, "param", None) == param
+        assert "bad-key" not in str(raised.value)
+    assert not sandbox.open
+
+
+@pytest.mark.parametrize("last", [None, "not JSON", "[1]", '{"type": 5}'], ids=["hangs up", "text", "list", "number"])
+async def test_a_gateway_that_breaks_off(last: str | None) -> None:
+    """The events end all the same, and what is sent then goes nowhere."""
+
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        assert (await socket.receive_json())["config"]["model"] == "anthropic/any"
+        await socket.send_json({"type": "session.created", "session_id": "live_1", "config": {}})
+        await socket.send_json({"type": "audio.start", "response_id": "resp_1", "sample_rate": 24_000})
+        await socket.send_bytes(bytes(4))
+        await (socket.close(code=1011) if last is None else socket.send_str(last))
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/v1/messages/live", talk)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with vai.AsyncClient(base_url=url) as client, client.live(model="anthropic/any") as session:
+            events = [event async for event in session]
+            assert [event.type for event in events] == [
+                "session.created",
+                "audio.start",
+                "audio_delta",
+                "session.closed",
+            ]
+            assert events[-1].to_wire()["reason"] == session.closed == "connection_broken"
+            await session.send(bytes(2))
+    finally:
+        await runner.cleanup()
+
+
+# == Messages ==========================================================================================================
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+TYPES = st.sampled_from(["input.commit", "input.interrupt", "input.text", "input.content", "tool_result", "playback"])
+FIELDS = st.sampled_from(["transcript", "text", "content", "tool_use_id", "is_error", "response_id", "played_ms"])
+
+
+@given(st.dictionaries(FIELDS, ANYTHING, max_size=4), TYPES | ANYTHING)
+def test_any_message_is_read_or_refused(fields: JSON, kind: Any) -> None:
+    """Nothing else is raised, whatever comes."""
+    with contextlib.suppress(vai.InvalidRequestError):
+        read_message({**fields, "type": kind})
