@@ -1092,8 +1092,8 @@ class _begun:
 
 # Asked short questions in live voice, where no other model is named: the first of them that there is a key for.
 FAST_MODELS = {
-    "groq": "llama-3.1-8b-instant",
-    "cerebras": "llama3.1-8b",
+    "groq": "llama-3.3-70b-versatile",
+    "cerebras": "llama-3.3-70b",
     "gemini": "gemini-2.5-flash-lite",
     "openai": "gpt-4.1-nano",
     "anthropic": "claude-haiku-4-5",
