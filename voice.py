@@ -686,7 +686,9 @@ class Speakable:
         if self._mode == self._in_url:
             self._held, self._mode, self._before = self._url, self._inline, "/"
             out += self._read(final=True)
-        return out + self._gap.rstrip() if "(" in self._gap else out
+        if "(" not in self._gap:
+            return out
+        return out + (self._gap.rstrip() if self._begun else self._gap.strip())
 
     def _read(self, final: bool) -> str:
         at = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from voice import Sentences, Speakable, SpokenParts, speakable
@@ -371,6 +371,7 @@ SNIPPETS = st.lists(st.sampled_from([*MARKS.split(" "), " ", "  "]) | st.text(ma
 
 
 @given(SNIPPETS, CUTS)
+@example("[1](", [])
 @settings(max_examples=200, deadline=None)
 def test_speakable_does_not_depend_on_cuts(text: str, sizes: list[int]) -> None:
     """However the text is cut, the same is read aloud; no emoji, no fence and no white space too many."""
