@@ -2991,7 +2991,7 @@ async def shut(doors: Sequence[asyncio.Server], server: web.Server) -> None:
     for connection in waiting:
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().connect_accepted_socket(server, connection)
-    for _ in range(20):  # 0.2 s for what is on its way over connections that were kept alive
+    for _ in range(50):  # 0.5 s for what is on its way over connections that were kept alive
         if server.connections:
             await asyncio.sleep(0.01)
 
