@@ -417,6 +417,12 @@ class Caller:
                 f"this key may not use {names[0]}", param="model", code="model_not_allowed"
             )
 
+    def check_routes(self, asked: vai.MessageRequest) -> None:
+        """Raise unless every model that may answer is on the list, or the alias that stands for them."""
+        if self.models is not None:
+            for route in (asked, *asked.fallbacks):
+                self.check_model(asked.model, f"{route.provider}/{route.model_name}")
+
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -1914,9 +1920,8 @@ class LiveSocket:
         except InvalidRequestError as fault:
             raise InvalidRequestError(fault.message, param="config.model", code=fault.code) from None
         self._exchange.provider, self._exchange.model = asked.provider, asked.model_name
+        caller.check_routes(asked)
         if caller.models is not None:
-            for route in (asked, *asked.fallbacks):
-                caller.check_model(config.model, f"{route.provider}/{route.model_name}")
             spoken = config.voice
             for model in (voice.listener_of(spoken.input), voice.model_of(spoken.output)):
                 caller.check_model(model)
@@ -1985,11 +1990,8 @@ class LiveSocket:
                 await session.send(message)
 
     async def _over_limit(self) -> Error | None:
-        verdict = await self._gateway.rates.admit(self._caller)
-        if verdict is None or not verdict.refused:
-            return None
-        self._gateway.metrics.rate_limited(verdict.refused)
-        return verdict.error()
+        verdict = await self._gateway.count(self._caller)
+        return verdict.error() if verdict and verdict.refused else None
 
     # -- to the client --
 
@@ -2126,17 +2128,24 @@ class Gateway:
             verdict = self.rates.fail(self.callers.address(request))
             if verdict is None:
                 raise
+            self.metrics.rate_limited(verdict.refused)
         else:
             request[EXCHANGE].caller = caller.name
-            verdict = await self.rates.admit(caller)
-            if verdict is None and self.rates.shared:
-                self.metrics.limits_unshared()
+            verdict = await self.count(caller)
         if verdict:
             request[VERDICT] = verdict
             if verdict.refused:
-                self.metrics.rate_limited(verdict.refused)
                 raise verdict.error() from None
         return caller
+
+    async def count(self, caller: Caller) -> Verdict | None:
+        """Count a request of this caller's: as `RateLimits.admit`, and in the metrics."""
+        verdict = await self.rates.admit(caller)
+        if verdict is None and self.rates.shared:
+            self.metrics.limits_unshared()
+        elif verdict and verdict.refused:
+            self.metrics.rate_limited(verdict.refused)
+        return verdict
 
     # -- POST /v1/messages ------------------------------------------------------------------------------------------
 
@@ -2150,12 +2159,10 @@ class Gateway:
         exchange.provider, exchange.model, exchange.attempts = asked.provider, asked.model_name, asked.attempts
         if asked.voice:
             exchange.speech = asked.speech
-        if caller.models is not None:
-            for route in (asked, *asked.fallbacks):
-                caller.check_model(body["model"], f"{route.provider}/{route.model_name}")
-            if asked.voice:
-                for settings in self.engine.read_voice(asked).used:
-                    caller.check_model(voice.model_of(settings))
+        caller.check_routes(asked)
+        if asked.voice and caller.models is not None:
+            for settings in self.engine.read_voice(asked).used:
+                caller.check_model(voice.model_of(settings))
         keys = provider_keys(request, caller, PROVIDERS[asked.provider].byok, asked.provider_keys)
         if not asked.stream:
             return await self._create(request, asked, keys)
@@ -2256,10 +2263,14 @@ class Gateway:
 
     def _check_sender(self, request: web.Request) -> None:
         """A browser sends any page's form without asking first: where no key is wanted, the page must be allowed."""
+        if request.content_type == "multipart/form-data" and self.callers.mode == "none":
+            self._check_origin(request, "send forms")
+
+    def _check_origin(self, request: web.Request, what: str) -> None:
+        """Raise if it comes from a web page that is not allowed; `what` says what such a page may not do."""
         origin = request.headers.get("Origin")
-        is_form = request.content_type == "multipart/form-data"
-        if is_form and self.callers.mode == "none" and origin is not None and not self.cors.allows(origin):
-            message = "pages of this origin may not send forms here: see cors.allowed_origins"
+        if origin is not None and not self.cors.allows(origin):
+            message = f"pages of this origin may not {what} here: see cors.allowed_origins"
             raise providers.PermissionDeniedError(message, code="origin")
 
     async def _copy_speech(
@@ -2287,10 +2298,7 @@ class Gateway:
     # -- WS /v1/messages/live ---------------------------------------------------------------------------------------
 
     async def converse(self, request: web.Request) -> web.StreamResponse:
-        origin = request.headers.get("Origin")
-        if origin is not None and not self.cors.allows(origin):
-            message = "pages of this origin may not open sockets here: see cors.allowed_origins"
-            raise providers.PermissionDeniedError(message, code="origin")
+        self._check_origin(request, "open sockets")
         caller = await self.admit(request)
         check_upgrade(request)
         if self.retiring:
