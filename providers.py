@@ -38,7 +38,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
@@ -4950,23 +4950,11 @@ class Transport:
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
-        self._closed = False
-        self._lines: dict[asyncio.AbstractEventLoop, Lines] = {}
-        self._only: Lines | None = None  # if this is of one loop alone
-        _TRANSPORTS.add(self)
+        self._lines = PerLoop(functools.partial(Lines, self.timeouts.connect))
 
     def bind(self) -> None:
         """Until it is closed, only the running loop will use this: to look it up each time takes a system call."""
-        here = self._here()
-        self._only = here if len(self._lines) == 1 else None
-
-    def _here(self) -> Lines:
-        loop = asyncio.get_running_loop()
-        if (lines := self._lines.get(loop)) is None:
-            for ended in [known for known in self._lines if known.is_closed()]:
-                _close_ended(self._lines.pop(ended).session)
-            lines = self._lines[loop] = Lines(self.timeouts.connect)
-        return lines
+        self._lines.bind()
 
     async def send(
         self,
@@ -4984,37 +4972,22 @@ class Transport:
         """
         import aiohttp
 
-        if self._closed:
-            raise RuntimeError("the client is closed")
-        lines, now = self._only or self._here(), time.monotonic()
+        lines, now = self._lines.here(), time.monotonic()
         if deadline is None:
             deadline = now + self.timeouts.total
         for attempt in (1, 2):
             try:
                 response = await lines.ask(request, min(now + self.timeouts.first_byte, deadline))
                 break
-            except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
-                raise ProviderError(
-                    f"{provider}'s TLS certificate does not hold", provider=provider, code="tls"
-                ) from None
-            except TimeoutError:
-                raise ProviderTimeoutError(f"{provider} did not answer in time", provider=provider) from None
-            except aiohttp.ClientConnectorError:
-                if attempt == 2:
-                    raise ProviderError(
-                        f"cannot connect to {provider}", provider=provider, code="connection_failed"
-                    ) from None
+            except (aiohttp.ClientError, OSError, ValueError) as raised:
+                fault = connection_error(raised, provider)
+                if fault.code != "connection_failed" or attempt == 2:
+                    raise fault from None
                 again()
-            except (aiohttp.ClientError, OSError, ValueError):
-                raise ProviderError(
-                    f"{provider} broke the connection", provider=provider, code="connection_broken"
-                ) from None
         upstream = Upstream(response, provider, self.timeouts.idle, deadline)
         if 300 <= response.status < 400:
             upstream.abort()
-            raise ProviderError(
-                f"{provider} answered with a redirect, which vai does not follow", provider=provider, code="redirect"
-            )
+            raise redirected(provider)
         coding = response.headers.get("Content-Encoding") or "identity"
         if response.status == 200 and coding.strip().lower() not in CODINGS:
             upstream.abort()
@@ -5023,28 +4996,94 @@ class Transport:
 
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be sent after."""
+        await self._lines.close()
+
+
+def connection_error(raised: Exception, provider: str) -> Error:
+    """What an exception of aiohttp's says of a connection, and nothing of what it quotes."""
+    import aiohttp
+
+    match raised:
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
+            return ProviderError(f"{provider}'s TLS certificate does not hold", provider=provider, code="tls")
+        case TimeoutError():
+            return ProviderTimeoutError(f"{provider} did not answer in time", provider=provider)
+        case aiohttp.ClientConnectorError():
+            return ProviderError(f"cannot connect to {provider}", provider=provider, code="connection_failed")
+        case _:
+            return ProviderError(f"{provider} broke the connection", provider=provider, code="connection_broken")
+
+
+def redirected(provider: str) -> Error:
+    message = f"{provider} answered with a redirect, which vai does not follow"
+    return ProviderError(message, provider=provider, code="redirect")
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closable)
+
+
+class PerLoop(Generic[C]):
+    """What each event loop needs one of its own of, such as connections. Those of a loop that has ended go with it."""
+
+    def __init__(self, open: Callable[[], C]) -> None:
+        self._open = open
+        self._closed = False
+        self._known: dict[asyncio.AbstractEventLoop, C] = {}
+        self._only: C | None = None  # if it is of one loop alone
+        _PER_LOOP.add(self)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def bind(self) -> None:
+        """Until it is closed, only the running loop will use this."""
+        here = self.here()
+        self._only = here if len(self._known) == 1 else None
+
+    def here(self) -> C:
+        """The running loop's."""
+        if self._only is not None:
+            return self._only
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        loop = asyncio.get_running_loop()
+        if (found := self._known.get(loop)) is None:
+            for ended in [known for known in self._known if known.is_closed()]:
+                _close_ended(self._known.pop(ended))
+            found = self._known[loop] = self._open()
+        return found
+
+    async def close(self) -> None:
+        """Close those of all loops; there will be no more."""
         self._closed, self._only = True, None
         here = asyncio.get_running_loop()
-        while self._lines:
-            loop, lines = self._lines.popitem()
-            session = lines.session
+        while self._known:
+            loop, one = self._known.popitem()
             if loop is here:
-                await session.close()
+                await one.close()
             elif loop.is_closed():
-                _close_ended(session)
+                _close_ended(one)
             elif loop.is_running():  # on another thread
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(session.close(), loop))
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_closing(one), loop))
             else:
-                await asyncio.to_thread(loop.run_until_complete, session.close())
+                await asyncio.to_thread(loop.run_until_complete, _closing(one))
 
 
-def _close_ended(session: aiohttp.ClientSession) -> None:
-    """Close a session whose loop has ended: there is nothing to wait for."""
+async def _closing(one: Closable) -> None:
+    await one.close()
+
+
+def _close_ended(one: Closable) -> None:
+    """Close what was of a loop that has ended: there is nothing to wait for."""
     with contextlib.suppress(StopIteration):
-        session.close().send(None)
+        _closing(one).send(None)
 
 
-_TRANSPORTS: weakref.WeakSet[Transport] = weakref.WeakSet()
+_PER_LOOP: weakref.WeakSet[PerLoop[Any]] = weakref.WeakSet()
 
 
 def keep_for_ever(thing: object) -> None:
@@ -5057,9 +5096,9 @@ def keep_for_ever(thing: object) -> None:
 def _forked() -> None:
     """The child of a fork opens connections of its own. Its parent's are not closed here, not by the collector either:
     that would take them out of the epoll that both share, and the parent would hear nothing on them any more."""
-    for transport in list(_TRANSPORTS):
-        keep_for_ever(transport._lines)
-        transport._lines, transport._only = {}, None
+    for each in list(_PER_LOOP):
+        keep_for_ever(each._known)
+        each._known, each._only = {}, None
 
 
 if hasattr(os, "register_at_fork"):
@@ -5098,6 +5137,9 @@ class Lines:
             max_field_size=self._line_size,
         )
         self._posted = functools.lru_cache(256)(self._post)
+
+    async def close(self) -> None:
+        await self.session.close()
 
     async def ask(self, request: HTTPRequest, until: float) -> Answer | aiohttp.ClientResponse:
         """The head of the answer. Raises `TimeoutError` when it is not there by `until`, and what aiohttp raises."""

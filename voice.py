@@ -47,7 +47,6 @@ import secrets
 import struct
 import sys
 import unicodedata
-import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -2114,18 +2113,10 @@ class Sockets:
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
-        self._closed = False
-        self._sessions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._sessions = providers.PerLoop(functools.partial(self._open_session, self.timeouts))
 
-    def _session(self) -> aiohttp.ClientSession:
-        loop = asyncio.get_running_loop()
-        if (session := self._sessions.get(loop)) is None:
-            session = self._sessions[loop] = self._open_session()
-        return session
-
-    def _open_session(self) -> aiohttp.ClientSession:
+    @staticmethod
+    def _open_session(timeouts: Timeouts) -> aiohttp.ClientSession:
         import aiohttp
 
         async def keep_refusal(session: object, context: object, params: aiohttp.TraceRequestEndParams) -> None:
@@ -2145,7 +2136,7 @@ class Sockets:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self.timeouts.connect),
+            timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect),
             headers={"User-Agent": f"vai/{__version__}"},
             trace_configs=[trace],
         )
@@ -2160,9 +2151,7 @@ class Sockets:
         """
         import aiohttp
 
-        if self._closed:
-            raise RuntimeError("the client is closed")
-        session = self._session()
+        session = self._sessions.here()
         name = adapter.id
         body: list[bytes] = []
         token = _refused.set(body)
@@ -2186,30 +2175,18 @@ class Sockets:
                     headers = dict(fault.headers or {})
                     raise adapter.decode_error(fault.status, headers, b"".join(body), credential) from None
                 except aiohttp.TooManyRedirects:
-                    message = f"{name} answered with a redirect, which vai does not follow"
-                    raise ProviderError(message, provider=name, code="redirect") from None
-                except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
-                    raise ProviderError(f"{name}'s TLS certificate does not hold", provider=name, code="tls") from None
-                except TimeoutError:
-                    raise ProviderTimeoutError(f"{name} did not answer in time", provider=name) from None
-                except aiohttp.ClientConnectorError:
-                    if attempt == 2:
-                        raise ProviderError(
-                            f"cannot connect to {name}", provider=name, code="connection_failed"
-                        ) from None
-                except (aiohttp.ClientError, OSError, ValueError):
-                    raise ProviderError(
-                        f"{name} broke the connection", provider=name, code="connection_broken"
-                    ) from None
+                    raise providers.redirected(name) from None
+                except (aiohttp.ClientError, OSError, ValueError) as raised:
+                    problem = providers.connection_error(raised, name)
+                    if problem.code != "connection_failed" or attempt == 2:
+                        raise problem from None
         finally:
             _refused.reset(token)
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
         """Hang up on whatever is in progress; nothing can be opened after."""
-        self._closed = True
-        if session := self._sessions.pop(asyncio.get_running_loop(), None):
-            await session.close()
+        await self._sessions.close()
 
 
 class Socket:

@@ -974,10 +974,11 @@ def test_a_child_leaves_the_parents_stream_alone(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of the transports of loops that have ended
-def test_one_client_on_several_loops(world: World, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("more", [{}, {"voice": {"output": {"format": "wav"}}}], ids=["text", "spoken"])
+def test_one_client_on_several_loops(world: World, more: JSON, caplog: pytest.LogCaptureFixture) -> None:
     """Its connections of a loop that has ended go without a word, and closing it closes those of all loops."""
     client, idle = vai.AsyncClient(), asyncio.new_event_loop()
-    request: JSON = {"model": CLAUDE, "messages": "[say so]"}
+    request: JSON = {"model": CLAUDE, "messages": "[say so]", **more}
     idle.run_until_complete(client.messages.create(**request))
 
     async def ask(last: bool = False) -> None:
