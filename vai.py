@@ -1879,7 +1879,38 @@ def _gateway_adapter() -> voice.SpeechAdapter:
 # == The asynchronous client ===========================================================================================
 
 
-class AsyncMessageStream:
+E = TypeVar("E")
+
+
+class _Batches(Generic[E]):
+    """What is iterated for events that come in batches, one for each read of a socket."""
+
+    def __init__(self) -> None:
+        self._events: collections.deque[E] = collections.deque()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> E:
+        while (event := self._take()) is None:
+            self._events.extend(await self._batch())
+        return event
+
+    def _take(self) -> E | None:
+        return self._events.popleft() if self._events else None
+
+    async def _batch(self) -> Sequence[E]:
+        """The next events. Raises `StopAsyncIteration` at the end."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+
+class AsyncMessageStream(_Batches[StreamEvent]):
     """A streamed answer. Iterate it for events, or `text` for text alone; `final()` is the whole message.
 
     async with client.messages.stream(model=…, messages=…) as stream:
@@ -1889,12 +1920,12 @@ class AsyncMessageStream:
     """
 
     def __init__(self, open: Callable[[], Awaitable[EventStream]]) -> None:
+        super().__init__()
         self._open = open
         self._inside = False
         self._ended = False
         self._stream: EventStream | None = None
         self._total = Accumulator()
-        self._events: collections.deque[StreamEvent] = collections.deque()
 
     async def __aenter__(self) -> AsyncMessageStream:
         if self._stream is not None:
@@ -1902,20 +1933,6 @@ class AsyncMessageStream:
         self._stream = await self._open()
         self._inside = True
         return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
-
-    def __aiter__(self) -> AsyncMessageStream:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        while (event := self._take()) is None:
-            self._events.extend(await self._batch())
-        return event
-
-    def _take(self) -> StreamEvent | None:
-        return self._events.popleft() if self._events else None
 
     async def _batch(self) -> list[StreamEvent]:
         """The events of one read of the socket. Raises `StopAsyncIteration` at the end."""
@@ -2213,7 +2230,7 @@ def _recorded(source: Source) -> bytes:
     return source
 
 
-class AsyncSpeechStream:
+class AsyncSpeechStream(_Batches[bytes]):
     """Speech as it comes: iterate for bytes, which joined are a file. A WAV file's header leaves the length open.
 
     async with client.audio.stream_synthesize("Hello there.", format="mp3") as speech:
@@ -2222,27 +2239,15 @@ class AsyncSpeechStream:
     """
 
     def __init__(self, open: Callable[[], Awaitable[Audible]]) -> None:
+        super().__init__()
         self._open = open
         self._stream: Audible | None = None
-        self._events: collections.deque[bytes] = collections.deque()
 
     async def __aenter__(self) -> AsyncSpeechStream:
         if self._stream is not None:
             raise RuntimeError("a stream is used once")
         self._stream = await self._open()
         return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
-
-    def __aiter__(self) -> AsyncSpeechStream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        return self._take() or (await self._batch())[0]
-
-    def _take(self) -> bytes | None:
-        return self._events.popleft() if self._events else None
 
     async def _batch(self) -> list[bytes]:
         """The bytes of one read of the socket. Raises `StopAsyncIteration` at the end."""
@@ -2476,7 +2481,7 @@ class _Stopped(Exception):
     """The run was cancelled, interrupted or out of time while it waited."""
 
 
-class AsyncRun:
+class AsyncRun(_Batches[RunEvent]):
     """A run in progress. Iterate it for events, or `text` for text alone; `result` is what there is at any time.
 
         async with client.messages.run_stream(model=…, messages=…, tools=[get_weather]) as run:
@@ -2498,6 +2503,7 @@ class AsyncRun:
         call_hook: Callable[..., Awaitable[Any]],
         on_end: Callable[[RunResult], None] | None = None,
     ) -> None:
+        super().__init__()
         self.result = RunResult(messages=[])
         self._client = client
         self._make_call = call
@@ -2520,22 +2526,10 @@ class AsyncRun:
         self._inside = False
         self._ended = asyncio.Event()
         self._generator = self._steps()
-        self._events: collections.deque[RunEvent] = collections.deque()
 
     async def __aenter__(self) -> AsyncRun:
         self._inside = True
         return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
-
-    def __aiter__(self) -> AsyncRun:
-        return self
-
-    async def __anext__(self) -> RunEvent:
-        while (event := self._take()) is None:
-            self._events.extend(await self._batch())
-        return event
 
     async def _batch(self) -> list[RunEvent]:
         """The next events. Raises `StopAsyncIteration` at the end."""
@@ -3403,9 +3397,6 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
-
-
-E = TypeVar("E")
 
 
 class _Blocking(Generic[E]):
