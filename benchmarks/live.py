@@ -25,12 +25,10 @@ import base64
 import contextlib
 import json
 import math
-import os
 import statistics
 import struct
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -38,6 +36,8 @@ from typing import Any, cast
 
 import aiohttp
 from aiohttp import web
+from gateway import cpu_seconds
+from speech import serving
 
 ROOT = Path(__file__).parent.parent
 RATE, FRAME = 24_000, 0.02
@@ -134,40 +134,13 @@ class Gateway:
     @property
     def cpu(self) -> float:
         """Seconds of processor time."""
-        after_name = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self._pid)
 
     @property
     def rss(self) -> float:
         """MiB."""
         lines = Path(f"/proc/{self._pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
-@contextlib.asynccontextmanager
-async def gateway(upstream: str, detector: str) -> AsyncIterator[Gateway]:
-    environ = {
-        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")},
-        **{"VAI_OPENAI_BASE_URL": upstream, "OPENAI_API_KEY": "any"},
-        **{"VAI_CARTESIA_BASE_URL": upstream, "VAI_LIVE_DETECTOR": detector},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(ROOT / "server.py"), "--auth", "none", "--port", "0", "--log-level", "error"),
-            cwd=folder,
-            env=environ,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            assert process.stdout
-            async for line in process.stdout:
-                if b"listens on" in line:
-                    yield Gateway(line.decode().partition("listens on ")[2].split()[0], process.pid)
-                    return
-            raise SystemExit("the gateway did not start")
-        finally:
-            process.terminate()
-            await process.wait()
 
 
 # == The clients =======================================================================================================
@@ -312,7 +285,8 @@ def percentile(values: list[float], part: float = 0.99) -> float:
 async def measure(count: int, seconds: float, detector: str, upstream: str, spoken: dict[str, float]) -> Measured:
     """Prints a row."""
     measured = Measured()
-    async with gateway(upstream, detector) as served:
+    async with serving(upstream, VAI_LIVE_DETECTOR=detector) as (url, pid):
+        served = Gateway(url, pid)
         first = Client(-1, Measured(), spoken)  # what is made once is not a session's
         await first.open(served.url)
         await talk([first], 6)

@@ -21,9 +21,7 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from time import perf_counter
 
 import aiohttp
 from aiohttp import web
+from gateway import gateway_environ, running
 
 ROOT = Path(__file__).parent.parent
 SENTENCE = "This is answer {} of them all. And"
@@ -85,30 +84,14 @@ def upstreams(times: Times) -> web.Application:
 
 
 @contextlib.asynccontextmanager
-async def gateway(upstream: str) -> AsyncIterator[str]:
-    """`server.py` in a process of its own; its address."""
-    environ = {
-        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")},
-        **{"VAI_OPENAI_BASE_URL": upstream, "OPENAI_API_KEY": "any"},
-        **{"VAI_CARTESIA_BASE_URL": upstream, "CARTESIA_API_KEY": "any"},
-    }
+async def serving(upstream: str, **environ: str) -> AsyncIterator[tuple[str, int]]:
+    """`server.py` in a process of its own, with model and speech played by `upstream`: its address and pid."""
+    command = [str(ROOT / "server.py"), "--auth", "none", "--port", "0", "--log-level", "error"]
     with tempfile.TemporaryDirectory() as folder:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(ROOT / "server.py"), "--auth", "none", "--port", "0", "--log-level", "error"),
-            cwd=folder,
-            env=environ,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            assert process.stdout
-            async for line in process.stdout:
-                if b"listens on" in line:
-                    yield line.decode().partition("listens on ")[2].split()[0]
-                    return
-            raise SystemExit("the gateway did not start")
-        finally:
-            process.terminate()
-            await process.wait()
+        played = {"VAI_OPENAI_BASE_URL": upstream, "VAI_CARTESIA_BASE_URL": upstream, "CARTESIA_API_KEY": "any"}
+        environ = gateway_environ(upstream, folder) | played | environ
+        async with running("gateway", set(), command, env=environ, cwd=folder) as served:
+            yield served
 
 
 async def answer(http: aiohttp.ClientSession, url: str, number: str, times: Times) -> None:
@@ -152,7 +135,8 @@ async def main() -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
-        async with gateway(f"http://127.0.0.1:{runner.addresses[0][1]}") as url, aiohttp.ClientSession() as http:
+        upstream = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with serving(upstream) as (url, _), aiohttp.ClientSession() as http:
             for number in range(10):  # not counted
                 await answer(http, url, str(number), times)
             print("milliseconds: median and 99th percentile")
