@@ -369,6 +369,7 @@ class Sensitivity:
 
 _WINDOW = 64  # of halved samples: 8 ms
 _LEAST_FLOOR = 0.0012  # -58 dBFS
+_ABOVE = 1.25  # what is louder than the floor by that is not just the room
 _FLOOR_SPAN, _FLOOR_SPANS = 31, 6  # frames in a span, and spans that the floor looks back on: six seconds
 
 
@@ -377,11 +378,13 @@ class Room:
 
     Levels are RMS, 0 to 1, of what lies below 4 kHz: there is most of a voice, but only half of a hiss.
     `steady` is the level of most of the last 64 ms, which clicks do not raise. `floor` is at most `ceiling`.
+    `quiet` is for how many samples it has been as quiet as the floor.
     """
 
     def __init__(self, ceiling: float) -> None:
         self.ceiling = ceiling
         self.level = self.steady = 0.0
+        self.quiet = 0
         self._windows: collections.deque[float] = collections.deque(maxlen=8)
         self._smooth: float | None = None
         self._lows: collections.deque[float] = collections.deque(maxlen=_FLOOR_SPANS)
@@ -402,6 +405,14 @@ class Room:
         if self._count == _FLOOR_SPAN:
             self._lows.append(self._low)
             self._low, self._count = math.inf, 0
+        most = _ABOVE * self.floor
+        if self.steady >= most:
+            self.quiet = 0
+        elif self.quiet:
+            self.quiet += FRAME
+        else:  # since when, within these last 64 ms
+            windows = sum(1 for _ in itertools.takewhile(most.__gt__, reversed(self._windows)))
+            self.quiet = max(FRAME, windows * 2 * _WINDOW)
 
     @property
     def floor(self) -> float:
@@ -565,7 +576,7 @@ def _onnx_session(model: str) -> Any:
 
 # -- The detector --
 
-_GATE, _GATE_RATIO, _GATE_HANG = 0.0018, 1.25, 16  # a level, one relative to the floor, and frames that follow
+_GATE, _GATE_HANG = 0.0018, 16  # a level, and frames that follow
 _WARM_UP = 4  # frames that are scored again after a reset
 _LINGER = 3  # frames: a score stays high for so long after it has become quiet
 _STALE = 1875  # frames without speech, a minute: a state as old as that hears less
@@ -606,11 +617,10 @@ class Detector:
         self._stale = self._settling = 0
         self._last = 0.0  # score of the frame before
         self._run = 0  # frames of what may become speech
-        self._gap = 0  # frames without speech, while speaking …
-        self._quiet = 0  # … and those that are as quiet as the room
+        self._gap = 0  # frames without speech, while speaking
         self._wordless = 0
         self._threshold = sensitivity.threshold
-        self._stop = max(1, round(sensitivity.stop * RATE / FRAME))
+        self._stop = max(1, round(sensitivity.stop * RATE / FRAME)) * FRAME
 
     @property
     def position(self) -> int:
@@ -644,6 +654,7 @@ class Detector:
         events: list[SpeechEvent] = []
         for at in range(0, whole, _FRAME_BYTES):
             frame = data[at : at + _FRAME_BYTES]
+            rest = (len(data) - at - _FRAME_BYTES) / (2 * RATE)
             self.room.feed(frame)
             self._recent.append(frame)
             score = self._by_energy()
@@ -651,7 +662,7 @@ class Detector:
                 scores = yield ask
                 if scores:
                     score = scores[-1]
-            events += self._judge(score)
+            events += self._judge(score, rest)
             self.frames += 1
         return events
 
@@ -661,7 +672,7 @@ class Detector:
 
     def _ask(self) -> Ask | None:
         was_open = self._hang > 0
-        loud = self.room.level >= max(_GATE, _GATE_RATIO * self.room.floor)
+        loud = self.room.level >= max(_GATE, _ABOVE * self.room.floor)
         self._hang = _GATE_HANG if loud else max(0, self._hang - 1)
         if not self._hang:
             return Ask([]) if was_open else None
@@ -671,7 +682,8 @@ class Detector:
         self._fresh, self._stale, self._settling = False, 0, _SETTLING if was_open else 0
         return Ask(list(self._recent), fresh=True)
 
-    def _judge(self, score: float) -> list[SpeechEvent]:
+    def _judge(self, score: float, rest: float) -> list[SpeechEvent]:
+        """`rest`: seconds of audio that have come after this frame."""
         if self.echo is not None:
             needed = self.echo.needed(self.frames)
             self.echo.learn(self.frames, self.room.level, self.speaking)
@@ -679,32 +691,30 @@ class Detector:
                 score = 0.0
         last, self._last = self._last, score
         if self.speaking:
-            return self._judge_end(score)
+            return self._judge_end(score, rest)
         self._settling = max(0, self._settling - 1)
         threshold = self.sensitivity.wary if self._settling else self._threshold
         self._run = self._run + 1 if score >= threshold / 2 else 0
         if self._run < 2 or last + score < 1.8 * threshold:
             return []
-        self.speaking, self._gap, self._quiet, self._wordless = True, 0, 0, 0
+        self.speaking, self._gap, self._wordless = True, 0, 0
         if self.echo is not None:
             self.echo.speech_started()
-        return [SpeechStarted(self._run * FRAME / RATE)]
+        return [SpeechStarted(self._run * FRAME / RATE + rest)]
 
-    def _judge_end(self, score: float) -> list[SpeechEvent]:
+    def _judge_end(self, score: float, rest: float) -> list[SpeechEvent]:
         self._wordless += 1
         if self._wordless * FRAME >= self.sensitivity.patience * RATE:
             self._threshold, self.room.ceiling = self.sensitivity.wary, 1.0
-        quiet = self.room.steady < _GATE_RATIO * self.room.floor
-        self._quiet = self._quiet + 1 if quiet else 0
         if score >= self._threshold:
             self._gap = self._stale = 0
             return []
         self._gap += 1
-        silent = max(self._gap, min(self._quiet, self._gap + _LINGER))
+        silent = min(max(self._gap * FRAME, self.room.quiet), (self._gap + _LINGER) * FRAME)
         if silent < self._stop:
             return []
         self.speaking, self._run, self._last = False, 0, 0.0
-        return [SpeechStopped(silent * FRAME / RATE)]
+        return [SpeechStopped(silent / RATE + rest)]
 
 
 def _answer(scorer: Scorer, ask: Ask) -> list[float]:
@@ -3520,8 +3530,10 @@ class LiveSession:
             self._to_stt.put_nowait(piece)
             for event in await self._detector.feed(piece):
                 if isinstance(event, SpeechStarted):
+                    event.lead += self._resampler.delay
                     self._tell({"type": "vad.speech"})
                 else:
+                    event.silence += self._resampler.delay
                     self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
                 self._feed(event)
 

@@ -511,6 +511,11 @@ class Resampler:
         if source != target:
             self._filter = _soxr_filter(source, target) or _Polyphase(source, target)
 
+    @property
+    def delay(self) -> float:
+        """Seconds of audio that went in and are still to come out: soxr's filter holds up to 40 ms."""
+        return self._count / self.source - self._made / self.target
+
     def feed(self, pcm: bytes) -> bytes:
         pcm = self._odd + pcm if self._odd else pcm
         whole = len(pcm) & ~1

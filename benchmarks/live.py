@@ -189,12 +189,12 @@ class Client(asyncio.Protocol):
     def tick(self) -> None:
         """A frame's time has passed: the microphone's next one, speech when it is its turn, else silence."""
         assert self._link
-        if self._frames == self._until:
-            self._ended = perf_counter()
         if self._free and self._frames >= self._pause:
             self._free, self._until = False, self._frames + round(SPOKEN / FRAME)
         self._link.write(LOUD_FRAME if self._frames < self._until else QUIET_FRAME)
         self._frames += 1
+        if self._frames == self._until:  # a microphone gives what it has recorded: this is the end of the speech
+            self._ended = perf_counter()
 
     # -- asyncio.Protocol --
 

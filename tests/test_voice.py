@@ -310,6 +310,19 @@ def test_rates_without_a_common_measure() -> None:
             Resampler(*rates)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_resampler_says_what_is_still_in_it(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`delay` and what has come out make up what went in, soxr's steps of 30 ms included; at the end it is 0."""
+    if ours:
+        monkeypatch.setattr(voice, "_soxr_filter", lambda source, target: None)
+    resampler, out = Resampler(24_000, 16_000), 0
+    for number in range(1, 21):
+        out += len(resampler.feed(bytes(2 * 480))) // 2
+        assert number * 0.02 == pytest.approx(out / 16_000 + resampler.delay)
+    resampler.close()
+    assert resampler.delay == 0
+
+
 def test_soxr_where_it_is_installed() -> None:
     """With the extra, the same lengths and the same tone."""
     pytest.importorskip("soxr")
