@@ -16,6 +16,19 @@ import voice
 from sandbox import Sandbox
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+TELL = """
+<script>
+  const told = [];
+  let played = 0;
+  talk(Object.fromEntries(new URLSearchParams(location.search)), (event, { speaker, say }) => {
+    told.push(event);
+    if (event.type !== "audio.done") return;
+    played = speaker.played;
+    say({ type: "session.close" });
+  }).then(closed => ({ ...closed, played, told }), fault => ({ fault: String(fault) }))
+    .then(result => fetch("/told", { method: "POST", body: JSON.stringify(result) }));
+</script>
+"""
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"),
     *("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"),
@@ -33,7 +46,7 @@ async def test_a_page_talks(serve: Serve, sandbox: Sandbox, tmp_path: Path) -> N
     told: asyncio.Future[JSON] = asyncio.get_running_loop().create_future()
 
     async def page(request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(ROOT / "tests" / "live_page.html")
+        return web.Response(text=(ROOT / "examples" / "live.html").read_text() + TELL, content_type="text/html")
 
     async def tell(request: web.Request) -> web.Response:
         told.set_result(await request.json())
@@ -47,7 +60,7 @@ async def test_a_page_talks(serve: Serve, sandbox: Sandbox, tmp_path: Path) -> N
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     origin = f"http://127.0.0.1:{runner.addresses[0][1]}"
     gateway = await serve(cors={"allowed_origins": [origin]}, live={"detector": "energy"})
-    asked = {"gateway": gateway.url.replace("http", "ws"), "key": KEY, "model": "openai/gpt-4o", "at_once": "1"}
+    asked = {"gateway": gateway.url.replace("http", "ws"), "key": KEY, "model": "openai/gpt-4o"}
     browser = await asyncio.create_subprocess_exec(
         *(BROWSER, *FLAGS, f"--use-file-for-fake-audio-capture={tmp_path / 'said.wav'}%noloop"),
         *(f"--user-data-dir={tmp_path / 'profile'}", f"{origin}/?{urllib.parse.urlencode(asked)}"),
