@@ -4,8 +4,9 @@
 
 A real gateway (`server.py`, no auth) on loopback; a model, a speech service that hears and one that speaks, all of them
 instant, are played by this process, and so are the clients: 24 kHz both ways, frames of 20 ms, in real time. Each
-client says something for 0.8 s, is silent, hears three seconds of an answer (every other one interrupts it after half
-a second), and begins again, all the time sending what its microphone hears. Measured are, in milliseconds,
+client says something for 0.8 s (words, where espeakng-loader is installed, else a tone, which only `energy` takes for
+speech), is silent, hears three seconds of an answer (every other one interrupts it after half a second), and begins
+again, all the time sending what its microphone hears. Measured are, in milliseconds,
 
     commit   from the end of the speech to `input.committed`, besides `silence_duration_ms`, with no fast model to ask
     audio    from the speech service's first audio, sent, to its arrival at the client
@@ -39,12 +40,16 @@ from aiohttp import web
 from gateway import cpu_seconds
 from speech import serving
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import voice
+from benchmarks import sounds
+
 ROOT = Path(__file__).parent.parent
 RATE, FRAME = 24_000, 0.02
 SILENCE = 0.6  # `silence_duration_ms`, in seconds
 SPOKEN, ANSWER, INTERRUPT = 0.8, 3.0, 0.5  # seconds
-TONE = struct.pack(f"<{RATE // 50}h", *(round(9000 * math.sin(math.tau * 300 * at / RATE)) for at in range(RATE // 50)))
-QUIET = bytes(len(TONE))
+SIZE = 2 * round(FRAME * RATE)  # bytes
 CHUNK = base64.b64encode(bytes(RATE // 10 * 2)).decode()
 VAD = {"semantic_check": False, "silence_duration_ms": round(1000 * SILENCE)}
 CONFIG = {
@@ -153,7 +158,20 @@ def framed(opcode: int, payload: bytes) -> bytes:
     return bytes([0x80 | opcode]) + length + bytes(4) + payload
 
 
-LOUD_FRAME, QUIET_FRAME = framed(2, TONE), framed(2, QUIET)
+def speech() -> bytes:
+    if sounds.available():
+        said = voice.resample(sounds.packed(sounds.spoken("Do tell me more about all of it.")), sounds.RATE, RATE)
+    else:
+        count = round(SPOKEN * RATE)
+        said = struct.pack(f"<{count}h", *(round(9000 * math.sin(math.tau * 300 * at / RATE)) for at in range(count)))
+    return said[: 2 * round(SPOKEN * RATE)]
+
+
+def microphone(pcm: bytes) -> list[bytes]:
+    return [framed(2, pcm[at : at + SIZE]) for at in range(0, len(pcm), SIZE)]
+
+
+LOUD_FRAMES, QUIET_FRAME = microphone(speech()), framed(2, bytes(SIZE))
 
 
 class Client(asyncio.Protocol):
@@ -190,8 +208,8 @@ class Client(asyncio.Protocol):
         """A frame's time has passed: the microphone's next one, speech when it is its turn, else silence."""
         assert self._link
         if self._free and self._frames >= self._pause:
-            self._free, self._until = False, self._frames + round(SPOKEN / FRAME)
-        self._link.write(LOUD_FRAME if self._frames < self._until else QUIET_FRAME)
+            self._free, self._until = False, self._frames + len(LOUD_FRAMES)
+        self._link.write(LOUD_FRAMES[self._frames - self._until] if self._frames < self._until else QUIET_FRAME)
         self._frames += 1
         if self._frames == self._until:  # a microphone gives what it has recorded: this is the end of the speech
             self._ended = perf_counter()
