@@ -2598,15 +2598,14 @@ class STTSession:
             if self._socket is not None:
                 await self._socket.close()
                 self._socket = None
-            while True:
-                self._failures += 1
-                await asyncio.sleep(pause_before(self._failures))
+            while self._socket is None:
+                await asyncio.sleep(pause_before(self._failures + 1))
                 try:
                     self._socket = await self._caught_up()
-                    break
                 except Error as fault:
-                    if self._failures >= ATTEMPTS or not fault.retryable:
+                    if self._failures + 1 >= ATTEMPTS or not fault.retryable:
                         raise
+                self._failures += 1  # not where the reader has lost patience
         self.reconnects += 1
         self._before = self._last
         if self._turn is not None:

@@ -843,7 +843,7 @@ def test_nobody_is_there() -> None:
 @pytest.mark.parametrize("reason", ["client", "max_duration", "draining"])
 def test_the_end_of_a_session(reason: str) -> None:
     async def work() -> None:
-        async with talking(voice=VAD, max_duration=1.0 if reason == "max_duration" else 7200.0) as talk:
+        async with talking(voice=VAD, max_duration=6.0 if reason == "max_duration" else 7200.0) as talk:
             await talk.send("input.text", text="[words 50]")
             await talk.until("audio.start")
             if reason == "client":
