@@ -410,18 +410,21 @@ class Caller:
     rpm: int | None = None
     models: Sequence[str] | None = None
 
-    def check_model(self, *names: str) -> None:
-        """Raise unless one of these names of the model that was asked for, alias or provider/model, is on the list."""
-        if self.models is not None and not any(fnmatch.fnmatchcase(n, one) for n in names for one in self.models):
-            raise providers.PermissionDeniedError(
-                f"this key may not use {names[0]}", param="model", code="model_not_allowed"
-            )
+    def may_use(self, *names: str) -> bool:
+        """Whether one of these names of a model, alias or provider/model, is on the list."""
+        return self.models is None or any(fnmatch.fnmatchcase(name, one) for name in names for one in self.models)
 
-    def check_routes(self, asked: vai.MessageRequest) -> None:
+    def check_model(self, *names: str, param: str = "model") -> None:
+        """Raise unless the model that was asked for in the field `param`, which has these names, is on the list."""
+        if not self.may_use(*names):
+            message = f"this key may not use {names[0]}"
+            raise providers.PermissionDeniedError(message, param=param, code="model_not_allowed")
+
+    def check_routes(self, asked: vai.MessageRequest, param: str = "model") -> None:
         """Raise unless every model that may answer is on the list, or the alias that stands for them."""
         if self.models is not None:
             for route in (asked, *asked.fallbacks):
-                self.check_model(asked.model, f"{route.provider}/{route.model_name}")
+                self.check_model(asked.model, f"{route.provider}/{route.model_name}", param=param)
 
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -1915,27 +1918,32 @@ class LiveSocket:
         gateway, caller = self._gateway, self._caller
         config = live.read_config(message.get("config"))
         gateway.check_counts({"messages": config.messages, "tools": config.tools})
-        try:
-            asked = gateway.engine.parse({"model": config.model, "messages": [{"role": "user", "content": "."}]})
-        except InvalidRequestError as fault:
-            raise InvalidRequestError(fault.message, param="config.model", code=fault.code) from None
+        asked = self._asking(config.model, "config.model")
         self._exchange.provider, self._exchange.model = asked.provider, asked.model_name
-        caller.check_routes(asked)
-        if caller.models is not None:
-            spoken = config.voice
-            for model in (voice.listener_of(spoken.input), voice.model_of(spoken.output)):
-                caller.check_model(model)
-            for model in (spoken.vad.model, spoken.interrupt.model):
-                if model != "auto":
-                    caller.check_model(model)
+        caller.check_routes(asked, "config.model")
+        spoken = config.voice
+        caller.check_model(voice.listener_of(spoken.input), param="config.voice.input.model")
+        caller.check_model(voice.model_of(spoken.output), param="config.voice.output.model")
+        for name, model in (("vad", spoken.vad.model), ("interrupt", spoken.interrupt.model)):
+            if model != "auto":
+                param = f"config.voice.{name}.model"
+                caller.check_routes(self._asking(model, param), param)
         return gateway.engine.live_session(
             config,
             provider_keys(self._request, caller, PROVIDERS[asked.provider].byok, config.provider_keys),
+            may_check=caller.may_use,
             detectors=await gateway.hearing(),
             timing=live.Timing(idle=gateway.config.live.idle_timeout),
             max_duration=gateway.config.live.max_duration,
             session_id=self._exchange.id,
         )
+
+    def _asking(self, model: str, param: str) -> vai.MessageRequest:
+        """A request to this model, which the field `param` names."""
+        try:
+            return self._gateway.engine.parse({"model": model, "messages": [{"role": "user", "content": "."}]})
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param=param, code=fault.code) from None
 
     async def _hold(self, message: bytes | JSON) -> None:
         async with await self._open(message) as self._session:
