@@ -2016,18 +2016,24 @@ class LiveSocket:
                 self._count(event)
                 if event.type == "error":
                     event.data["request_id"] = event["error"]["request_id"] = self._exchange.id
+                elif event.type == "session.closed" and event["reason"] == "draining":
+                    await self._say_last(self._gateway.shutdown_error())
             await self._say(event.to_wire())
 
     async def _say(self, message: JSON) -> None:
         await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
 
-    async def _fail(self, fault: Error) -> None:
-        """Tell the client why this is the end."""
+    async def _say_last(self, fault: Error) -> None:
+        """Why this is the end."""
         self._exchange.error = fault
+        await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
+
+    async def _fail(self, fault: Error) -> None:
+        """Tell the client why this is the end, as far as it still listens."""
         self._tally.closed = "draining" if fault.code == "draining" else "refused" if fault.status < 500 else "error"
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(GOODBYE):
-                await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
+                await self._say_last(fault)
                 if self._session:
                     await self._say({"type": "session.closed", "reason": self._tally.closed})
 
@@ -2310,7 +2316,7 @@ class Gateway:
         caller = await self.admit(request)
         check_upgrade(request)
         if self.retiring:
-            raise self._shutdown_error()
+            raise self.shutdown_error()
         most, task = self.config.live.max_sessions, asyncio.current_task(self.loop)
         if len(self.sessions) >= most or task is None:
             raise providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
@@ -2332,14 +2338,14 @@ class Gateway:
         return self.detectors
 
     @staticmethod
-    def _shutdown_error() -> Error:
+    def shutdown_error() -> Error:
         return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
 
     def outlived(self) -> Error:
         """The end of the grace has cancelled this request: take that back for as long as it takes to say so."""
         if task := asyncio.current_task():
             task.uncancel()
-        return self._shutdown_error()
+        return self.shutdown_error()
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -2405,7 +2411,7 @@ class Gateway:
             if preflight := self.cors.preflight(request):
                 return preflight
             if self.draining and request.path.startswith("/v1/"):
-                raise self._shutdown_error()
+                raise self.shutdown_error()
             return await self._counted(request, handler)
         except asyncio.CancelledError:
             if not self.expired:
