@@ -8,7 +8,7 @@ providers.py beside it, pydantic and aiohttp; uvloop and prometheus-client are u
 several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`.
 
 Contents (`grep -n '^# == '` lists the sections):
-    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs · metrics
+    configuration · callers and their keys · rate limits · limits in Redis · web pages · logs · metrics
     errors and responses · connections · live sessions · the endpoints · the OpenAPI document · the app · main
 """
 
@@ -45,7 +45,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 import aiohttp
 from aiohttp import web
@@ -664,8 +664,7 @@ class RateLimits:
         self._clock = clock
         self._own = Limiter(config.global_rpm)
         self._failures = Limiter()
-        shared = config.enabled and config.redis_url
-        self.shared = SharedLimiter(shared, config.global_rpm, clock) if shared else None
+        self.shared = SharedLimiter(config.redis_url, config.global_rpm, clock) if config.redis_url else None
 
     async def admit(self, caller: Caller) -> Verdict | None:
         """Count a request. None where nothing counts: limits are off, or Redis does not answer."""
@@ -687,7 +686,7 @@ class RateLimits:
         return verdict._replace(refused="failures") if verdict.refused else None
 
 
-# == Rate limits in Redis ==============================================================================================
+# == Limits in Redis ===================================================================================================
 
 # The same windows: KEYS are one account's and everybody's, ARGV their limits. Redis' clock is the one that all share.
 SHARED_WINDOWS = """
@@ -724,6 +723,36 @@ return {refused, windows[told][2], math.ceil((first + 60 - now) * 1000)}
 """
 SHARED_REFUSALS: dict[int, Refusal] = {0: "", 1: "caller", 2: "global"}
 
+# How many live sessions each gateway has: KEYS[1] is a hash of gateways, ARGV the one that asks, the sessions it has
+# (with the one that wants to begin), how many may be in all (none: it only tells), and for how many seconds that counts
+# unless it is said again. What a gateway says takes the place of what it said before: the next message makes good for
+# one that was lost, and a gateway that has died is forgotten.
+SHARED_SESSIONS = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local own, here, most, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local rows, all = redis.call('HGETALL', KEYS[1]), here
+for i = 1, #rows, 2 do
+  local told = cmsgpack.unpack(rows[i + 1])
+  if told[2] <= now or told[2] > now + lease + 1 then  -- a later one is from before the clock was set back
+    redis.call('HDEL', KEYS[1], rows[i])
+  elseif rows[i] ~= own then
+    all = all + told[1]
+  end
+end
+if most and all > most then return {1, all} end
+if here > 0 then
+  redis.call('HSET', KEYS[1], own, cmsgpack.pack({here, now + lease}))
+  redis.call('PEXPIRE', KEYS[1], math.ceil(lease * 1000))
+else
+  redis.call('HDEL', KEYS[1], own)
+end
+return {0, all}
+"""
+SESSIONS_KEY = "{vai}:live"
+MAY_BEGIN = {0: True, 1: False}
+Keys = tuple[str | float, ...]  # keys of Redis' and arguments
+
 
 class SharedLimiter:
     """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
@@ -737,6 +766,8 @@ class SharedLimiter:
     BATCH = 256  # at most so many are asked at once
     OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
     PAUSE = 1.0  # seconds, from a failure to the next attempt
+    LEASE = 30.0  # seconds for which the sessions of a gateway count, unless it says anew that it has them
+    RENEW = 10.0  # seconds until it does
 
     def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
         try:
@@ -752,35 +783,84 @@ class SharedLimiter:
         self._rpm = rpm
         self._may_warn = OnceAMinute(clock)
         self._wanted = asyncio.Event()
-        self._asked: list[Asked] = []
-        self._under_way: list[Asked] = []
+        self._asked: list[Asked[Any]] = []
+        self._under_way: list[Asked[Any]] = []
         self._task: asyncio.Task[None] | None = None
+        self._renewal: asyncio.TimerHandle | None = None
+        self._id = secrets.token_hex(8)  # among the gateways
+        self._sessions = 0
+        self._forgotten = True  # Redis holds nothing of ours
         self._tried = asyncio.Event()  # to connect, with or without success
         self.connected = asyncio.Event()
-        self.passed = 0  # requests that went uncounted
+        self.passed = 0  # requests and sessions that went uncounted
 
     async def start(self, patience: float = 0.25) -> None:
         """Try to connect; if that takes longer, it goes on while the first requests pass."""
         self._task = asyncio.create_task(self._run())
+        self._renew()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._tried.wait(), patience)
 
     async def close(self) -> None:
+        if self._renewal:
+            self._renewal.cancel()
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def admit(self, account: str, rpm: int) -> Verdict | None:
         """As `Limiter.admit`; None where Redis does not answer."""
-        verdict = None
+        keys = f"{{vai}}:rpm:{account}", "{vai}:rpm:all"  # in braces: one node of a cluster
+        return await self._ask(SHARED_WINDOWS, keys, (rpm, self._rpm), functools.partial(self._verdict, rpm))
+
+    def _verdict(self, rpm: int, told: Sequence[int]) -> Verdict:
+        code, total, wait = told
+        refused = SHARED_REFUSALS[code]
+        limit = self._rpm if refused == "global" else rpm
+        return Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000))
+
+    async def begin(self, sessions: int, most: int) -> bool | None:
+        """Whether a live session may begin, the last of `sessions` here, where there may be `most` in all.
+
+        None where Redis does not answer. Whatever comes of it, `tell` how many there are when it is over.
+        """
+        self._sessions, self._forgotten = sessions, False
+        args = self._id, sessions, most, self.LEASE
+        return await self._ask(SHARED_SESSIONS, (SESSIONS_KEY,), args, lambda told: MAY_BEGIN[told[0]])
+
+    def tell(self, sessions: int) -> None:
+        """So many live sessions are left here. Nobody waits for that: what Redis misses now, it is told later."""
+        self._sessions, self._forgotten = sessions, False
         if self.connected.is_set():
-            asked = Asked(account, rpm, asyncio.get_running_loop().create_future())
-            self._asked.append(asked)
-            self._wanted.set()
-            verdict = await asked.answer
-        if verdict is None:
+            args = self._id, sessions, "", self.LEASE
+            self._put(SHARED_SESSIONS, (SESSIONS_KEY,), args, functools.partial(self._told, sessions))
+
+    def _told(self, sessions: int, told: Sequence[int]) -> bool:
+        self._forgotten = sessions == self._sessions == 0
+        return MAY_BEGIN[told[0]]
+
+    def _tell_again(self) -> None:
+        if not self._forgotten:
+            self.tell(self._sessions)
+
+    def _renew(self) -> None:
+        self._renewal = asyncio.get_running_loop().call_later(self.RENEW, self._renew)
+        self._tell_again()
+
+    async def _ask(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> T | None:
+        """What `read` makes of the script's answer; None where Redis does not answer."""
+        answer = None
+        if self.connected.is_set():
+            answer = await self._put(script, keys, args, read)
+        if answer is None:
             self.passed += 1
-        return verdict
+        return answer
+
+    def _put(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> asyncio.Future[T | None]:
+        asked = Asked(script, (*keys, *args), len(keys), read, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        self._wanted.set()
+        return asked.answer
 
     async def _run(self) -> None:
         while True:
@@ -807,9 +887,10 @@ class SharedLimiter:
 
     async def _talk(self, client: Any) -> None:
         async with asyncio.timeout(self.OVERDUE):
-            script = await client.script_load(SHARED_WINDOWS)
+            hashes = {script: await client.script_load(script) for script in (SHARED_WINDOWS, SHARED_SESSIONS)}
         self.connected.set()
         self._tried.set()
+        self._tell_again()
         while True:
             if not self._asked:
                 self._wanted.clear()
@@ -817,13 +898,10 @@ class SharedLimiter:
             self._under_way, self._asked = self._asked[: self.BATCH], self._asked[self.BATCH :]
             calls = client.pipeline(transaction=False)
             for asked in self._under_way:
-                keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
-                calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
+                calls.evalsha(hashes[asked.script], asked.keys, *asked.given)
             answers = await self._answered(calls.execute())
-            for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
-                refused = SHARED_REFUSALS[code]
-                limit = self._rpm if refused == "global" else asked.rpm
-                asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
+            for asked, told in zip(self._under_way, answers, strict=True):
+                asked.settle(asked.read(told))
 
     async def _answered(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         """What Redis says. Ticks are longer where this process is too busy to read it: that is no fault of Redis."""
@@ -839,6 +917,7 @@ class SharedLimiter:
                 raise TimeoutError
             self._warn(TimeoutError())
             self.connected.set()
+            self._tell_again()
             return task.result()
         finally:
             task.cancel()
@@ -846,20 +925,22 @@ class SharedLimiter:
 
     def _warn(self, fault: Exception) -> None:
         if self._may_warn():
-            logger.warning("Redis fails (%s): rate limits are not shared, requests pass", type(fault).__name__)
+            logger.warning("Redis fails (%s): limits are not shared, requests pass", type(fault).__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """A question to Redis."""
+class Asked(Generic[T]):
+    """A question to Redis: a script, what it is given (the first `keys` of it are keys), and what reads its answer."""
 
-    account: str
-    rpm: int
-    answer: asyncio.Future[Verdict | None]
+    script: str
+    given: Keys
+    keys: int
+    read: Callable[[Any], T]
+    answer: asyncio.Future[T | None]
 
-    def settle(self, verdict: Verdict | None) -> None:
+    def settle(self, answer: T | None) -> None:
         if not self.answer.done():  # its caller may have gone
-            self.answer.set_result(verdict)
+            self.answer.set_result(answer)
 
 
 # == Web pages =========================================================================================================
@@ -1209,7 +1290,7 @@ class Metrics:
         """A request was refused by this limit of ours."""
 
     def limits_unshared(self) -> None:
-        """A request passed without the limits that several processes share: their store does not answer."""
+        """A request, or a live session, passed a limit that several processes share: its store does not answer."""
 
     def lag(self, seconds: float) -> None:
         """The event loop was this late."""
@@ -1290,7 +1371,7 @@ class PrometheusMetrics(Metrics):
         self._limits = counter("rate_limit_hits", "Requests over a limit of the gateway's.", "scope")
         self._unshared = prometheus.Counter(
             "vai_rate_limits_unshared",
-            "Requests that passed while the store of the limits was down.",
+            "Requests, and live sessions, that passed while the store of the limits was down.",
             registry=registry,
         )
         self._lags = prometheus.Histogram(
@@ -2092,7 +2173,7 @@ class Configured(BaseModel):
 
 
 class LiveState(BaseModel):
-    """Live sessions: how many there are, and how many there may be."""
+    """Live sessions: how many this process has, and how many there may be (with Redis, in all processes together)."""
 
     active: int = 0
     limit: int = 0
@@ -2155,7 +2236,7 @@ class Gateway:
     async def count(self, caller: Caller) -> Verdict | None:
         """Count a request of this caller's: as `RateLimits.admit`, and in the metrics."""
         verdict = await self.rates.admit(caller)
-        if verdict is None and self.rates.shared:
+        if verdict is None and self.config.rate_limit.enabled:
             self.metrics.limits_unshared()
         elif verdict and verdict.refused:
             self.metrics.rate_limited(verdict.refused)
@@ -2318,14 +2399,28 @@ class Gateway:
         if self.retiring:
             raise self.shutdown_error()
         most, task = self.config.live.max_sessions, asyncio.current_task(self.loop)
+        full = providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
         if len(self.sessions) >= most or task is None:
-            raise providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
+            raise full
         self.sessions[task] = talk = LiveSocket(self, request, caller)
         try:
+            if not await self._may_begin(most):
+                raise full
             with self.metrics.talking:
                 return await talk.run()
         finally:
             del self.sessions[task]
+            if self.rates.shared:
+                self.rates.shared.tell(len(self.sessions))
+
+    async def _may_begin(self, most: int) -> bool:
+        """Whether all gateways together have room for the last of the sessions here, or Redis does not say."""
+        if not self.rates.shared:
+            return True
+        allowed = await self.rates.shared.begin(len(self.sessions), most)
+        if allowed is None:
+            self.metrics.limits_unshared()
+        return allowed is not False
 
     async def hearing(self) -> live.Detectors:
         """The detectors, which `auto` starts with the first session: a gateway that nobody talks to needs none."""
@@ -3046,7 +3141,8 @@ def described(gateway: Gateway) -> list[tuple[str, str]]:
     if config.cors.allowed_origins:
         lines.append(("web pages", ", ".join(config.cors.allowed_origins)))
     lines.append(("limits", f"{sizes}; {times.first_byte:g} s to the first byte, {times.total:g} s in all"))
-    lines.append(("live", f"{config.live.max_sessions:,} sessions at most; speech detector {gateway.detectors.kind}"))
+    most = f"{config.live.max_sessions:,} sessions at most{say_shared(config.rate_limit)}"
+    lines.append(("live", f"{most}; speech detector {gateway.detectors.kind}"))
     lines.append(("metrics", gateway.metrics.missing or f"/metrics{', with a key' * config.metrics.require_key}"))
     return lines
 
@@ -3093,8 +3189,11 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
 def say_limits(config: RateLimitSection) -> str:
     if not config.enabled:
         return "none"
-    shared = ", shared through Redis" if config.redis_url else ""
-    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{shared}"
+    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{say_shared(config)}"
+
+
+def say_shared(config: RateLimitSection) -> str:
+    return ", shared through Redis" if config.redis_url else ""
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import re
+import signal
 import socket
 import struct
 import sys
@@ -17,20 +18,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import JSON, KEY, Answer, Logged, Serve, Served
+from conftest import JSON, KEY, LIVE, UPGRADE, Answer, Launch, Logged, Serve, Served
 
 import sandbox as played
 import server
 from sandbox import Sandbox
 
-LIVE = "/v1/messages/live"
 PAGE = "https://app.example.org"
-UPGRADE = {
-    "Upgrade": "websocket",
-    "Connection": "Upgrade",
-    "Sec-WebSocket-Version": "13",
-    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
-}
 
 
 @pytest.fixture
@@ -637,7 +631,7 @@ async def test_a_client_that_does_not_read(serve: Serve, sandbox: Sandbox, logge
 
 
 @pytest.mark.parametrize("moment", ["unconfigured", "listening", "speaking"])
-async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment: str) -> None:
+async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment: str, logged: Logged) -> None:
     """After the grace a session is told so and closed with 1001, whatever it is at; no new one is let in before."""
     async with opened(gateway) as link:
         talk = Talk(link)
@@ -653,11 +647,70 @@ async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment:
         assert (answer.status, answer.error["code"]) == (503, "draining")
         assert await talk.end() == 1001
         await drain
-    if moment == "unconfigured":
-        assert (talk.events[-1]["error"]["code"], talk.events[-1]["fatal"]) == ("draining", True)
-    else:
-        assert talk.events[-1] == {"type": "session.closed", "reason": "draining"}
+    if moment != "unconfigured":
+        assert talk.events.pop() == {"type": "session.closed", "reason": "draining"}
+    assert is_draining(talk.events[-1])
+    await gateway.gateway.idle.wait()
+    [line] = [line for line in logged.requests if line["status"] == 101]
+    assert (line["code"], line["live"]["closed"]) == ("draining", "draining")
     await all_done(sandbox)
+
+
+def is_draining(event: JSON) -> bool:
+    """Whether it tells of the shutdown, as the end."""
+    told = event["error"]
+    assert (event["type"], event["fatal"], event["request_id"]) == ("error", True, told["request_id"])
+    return (told["type"], told["code"], told["retry_after"]) == ("overloaded_error", "draining", 1)
+
+
+async def test_a_process_shuts_down(launch: Launch, sandbox: Sandbox) -> None:
+    """After a signal no session begins; those that run have the grace and are told of the end; nothing is left."""
+    process = await launch(VAI_TIMEOUT_DRAIN="1", VAI_LIVE_DETECTOR="energy")
+    gateway = process.gateway
+    async with contextlib.AsyncExitStack() as stack:
+        bare = Talk(await stack.enter_async_context(opened(gateway)))
+        idle, busy, speaking = [await stack.enter_async_context(session(gateway)) for _ in range(3)]
+        await busy.say("input.text", text="[say one] [hang]")
+        await busy.until("content_block_delta")
+        await speaking.say("input.text", text="[words 200]")
+        await speaking.until("audio.start")
+        process.signal(signal.SIGTERM)
+        async with asyncio.timeout(1):
+            while (await gateway.get("/health")).status == 200:
+                pass
+        answer = await refusal(gateway)
+        assert (answer.status, answer.error["code"], answer.headers["Retry-After"]) == (503, "draining", "1")
+        await idle.say("input.text", text="[say Still here.]")
+        await idle.until("audio.done")
+        heard = len(speaking.audio)
+        assert await asyncio.gather(*(talk.end() for talk in (bare, idle, busy, speaking))) == [1001] * 4
+        assert is_draining(bare.events[-1])
+        for talk in (idle, busy, speaking):
+            assert talk.events.pop() == {"type": "session.closed", "reason": "draining"}
+            assert is_draining(talk.events[-1])
+        assert idle.text == "Still here."
+        assert len(speaking.audio) - heard > 24_000  # it went on while the others were served
+        assert await process.ended(4) == 0
+    await all_done(sandbox)
+    assert sandbox.open == 0
+    lines = [json.loads(line) for line in process.errors if '"live"' in line]
+    assert {line["live"]["closed"] for line in lines} == {"draining"}
+
+
+async def test_a_process_ends_at_once(launch: Launch, sandbox: Sandbox) -> None:
+    """With the second signal, whatever its sessions are at."""
+    process = await launch(VAI_LIVE_DETECTOR="energy")
+    async with session(process.gateway) as talk:
+        await talk.say("input.text", text="[words 200]")
+        await talk.until("audio.start")
+        process.signal(signal.SIGINT)
+        while (await process.gateway.get("/health")).status == 200:
+            pass
+        process.signal(signal.SIGINT)
+        assert await process.ended(2) == 0
+        assert await talk.end() == 1006
+    await all_done(sandbox)
+    assert sandbox.open == 0
 
 
 async def test_many_come_and_go(gateway: Served, sandbox: Sandbox) -> None:
@@ -712,7 +765,65 @@ async def test_models_of_a_key(serve: Serve, sandbox: Sandbox, fields: JSON) -> 
         assert await talk.end() == 1008
     [fault] = talk.events
     assert (fault["error"]["code"], fault["fatal"]) == ("model_not_allowed", True)
+    assert fault["error"]["param"] == ".".join(path(("config", fields)))
     await all_done(sandbox)
+
+
+def path(field: tuple[str, Any]) -> list[str]:
+    """The names on the way to the value in this."""
+    name, value = field
+    return [name, *path(next(iter(value.items())))] if isinstance(value, dict) else [name]
+
+
+@pytest.mark.parametrize(
+    ("models", "place", "refused"),
+    [
+        (["smart"], "vad", ""),
+        (["openai/*", "groq/*"], "vad", ""),
+        (["openai/*"], "vad", "config.voice.vad.model"),
+        (["openai/*"], "interrupt", "config.voice.interrupt.model"),
+    ],
+)
+async def test_an_alias_as_a_fast_model(serve: Serve, models: list[str], place: str, refused: str) -> None:
+    """It is allowed by its name, or by all that it stands for; what is refused is named."""
+    keys = [{"key": KEY, "models": [*models, "openai/gpt-4o", "cartesia/*"]}]
+    aliases = {"smart": ["openai/gpt-4.1", "groq/llama-3.3-70b-versatile"]}
+    gateway = await serve(auth={"keys": keys}, aliases=aliases, live={"detector": "energy"})
+    async with opened(gateway) as link:
+        talk = Talk(link)
+        await talk.say("session.configure", config=settings(voice={place: {"model": "smart"}}))
+        told = await talk.next()
+    assert told
+    assert told["type"] == ("error" if refused else "session.created")
+    assert not refused or told["error"]["param"] == refused
+
+
+@pytest.mark.parametrize(
+    ("models", "asked"),
+    [
+        (None, "groq/llama-3.3-70b-versatile"),
+        (["*"], "groq/llama-3.3-70b-versatile"),
+        (["openai/*"], "openai/gpt-4.1-nano"),
+        (["anthropic/claude-haiku-4-5", "openai/gpt-4.1-nano", "groq/other"], "openai/gpt-4.1-nano"),
+        (["anthropic/claude-haiku-*"], "anthropic/claude-haiku-4-5"),
+        (["openai/gpt-4"], None),
+    ],
+    ids=str,
+)
+async def test_the_fast_model_of_a_key(serve: Serve, sandbox: Sandbox, models: Any, asked: str | None) -> None:
+    """Where none is named, the first that the key may use is asked; without any, the words alone decide."""
+    listed = {"models": ["openai/gpt-4o", "cartesia/*", *models]} if models else {}
+    gateway = await serve(auth={"keys": [{"key": KEY, **listed}]}, live={"detector": "energy"})
+    async with session(
+        gateway, voice={"input": {"turn_detection": "vad"}, "vad": {"silence_duration_ms": 100}}
+    ) as talk:
+        await talk.socket.send_bytes(played.speech("Say it again.", 16_000) + bytes(32_000))
+        committed = await talk.until("input.committed")
+    assert (committed["transcript"], committed["forced"]) == ("Say it again.", False)
+    assert talk.told("vad.analyzing")
+    models_asked = [f"{one.provider}/{(one.body or {}).get('model')}" for one in sandbox.requests]
+    checks = {name for name in models_asked if not name.startswith("cartesia/")} - {"openai/gpt-4o"}
+    assert checks == ({asked} if asked else set())
 
 
 @pytest.mark.parametrize("way", ["header", "config", "passthrough"])
