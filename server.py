@@ -1209,6 +1209,17 @@ class Exchange:
             told = next((one for one in self.attempts if one.fault is self.error), self.attempts[-1])
             self.provider, self.model = told.provider, told.model
 
+    def forget_frames(self) -> None:
+        """An error holds the frames that it came through, and they the request, which holds the error.
+
+        That ring is broken here: else each request that is refused would wait for the garbage collector.
+        """
+        faults: list[BaseException | None] = [self.error, *(attempt.fault for attempt in self.attempts)]
+        while faults:
+            if fault := faults.pop():
+                faults += [fault.__context__, fault.__cause__]
+                fault.__traceback__ = fault.__context__ = fault.__cause__ = None
+
     def fields(self, request: web.BaseRequest) -> JSON:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
@@ -1799,6 +1810,7 @@ class Connection(web.RequestHandler):
             if timer:
                 timer.cancel()
         self._link = None
+        self._data_received_cb = None  # a WebSocket's; it holds this connection
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -2497,6 +2509,7 @@ class Gateway:
             exchange.settle()
             self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
             exchange.log(request)
+            exchange.forget_frames()
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -2516,6 +2529,7 @@ class Gateway:
             raise
         except Exception as raised:
             fault = error_of(raised, request.path)
+            raised.__traceback__ = None  # aiohttp keeps the 404 of a request with the request, see `forget_frames`
             if isinstance(raised, web.HTTPMethodNotAllowed):
                 allowed = raised.headers["Allow"]
         request[EXCHANGE].error = fault
