@@ -1889,6 +1889,9 @@ LEAVING = dict.fromkeys((1000, 1001, 1005), "client") | dict.fromkeys((1002, 100
 MESSAGE_BYTES = 256 << 10
 SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; as many are in the process
 TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
+KEPT = (*TYPED, "tool_result")  # what is kept, and sent to the model with every turn from then on
+BLOCK_BYTES = 1024  # what a content block counts at least
+WORK_RATE = 4 << 20  # such bytes a second are read: large messages are work, for which other callers would wait
 
 
 class Allowance:
@@ -1953,6 +1956,8 @@ class LiveSocket:
         self._allowance = Allowance()
         self._session: live.LiveSession | None = None
         self._billed: JSON | None = None  # the usage of the answer that is coming in
+        self._size = 0  # of the latest message, in characters
+        self._kept = 0  # bytes
         self._socket = web.WebSocketResponse(
             protocols=(PROTOCOL,),
             heartbeat=gateway.config.sse.ping_interval,
@@ -2062,6 +2067,7 @@ class LiveSocket:
         if message.type is aiohttp.WSMsgType.BINARY:
             return bytes(message.data)
         if message.type is aiohttp.WSMsgType.TEXT:
+            self._size = len(message.data)
             return read_keys(message.data.encode(), self._gateway.config.limits)
         return None
 
@@ -2079,8 +2085,8 @@ class LiveSocket:
             if isinstance(message, bytes):
                 self._tally.audio_in += len(message) * seconds
                 self._gateway.metrics.live_audio("in", len(message) * seconds)
-            elif message is not None and message.get("type") in TYPED:
-                fault = await self._over_limit()
+            elif message is not None:
+                fault = await self._over_limit(message)
             if fault:
                 await self._say({**fault.to_wire(self._exchange.id), "fatal": False})
             elif message is None:
@@ -2089,10 +2095,25 @@ class LiveSocket:
                 return
             else:
                 await session.send(message)
+            if not isinstance(message, bytes):
+                await asyncio.sleep(self._work(message) / WORK_RATE)
 
-    async def _over_limit(self) -> Error | None:
-        verdict = await self._gateway.count(self._caller)
-        return verdict.error() if verdict and verdict.refused else None
+    def _work(self, message: JSON | None) -> int:
+        """How much there is to do for a message: its bytes, and no fewer than its blocks count."""
+        content = message.get("content") if message else None
+        return max(self._size, BLOCK_BYTES * (1 + len(content) if isinstance(content, list) else 1))
+
+    async def _over_limit(self, message: JSON) -> Error | None:
+        if message.get("type") in KEPT:
+            most = self._gateway.config.limits.max_body_bytes  # as much as one request could hold
+            if self._kept + self._work(message) > most:
+                text = f"a session keeps no more than {most} bytes of what is typed and sent"
+                return providers.RequestTooLargeError(text, code="session_full")
+            self._kept += self._work(message)
+        if message.get("type") in TYPED:
+            verdict = await self._gateway.count(self._caller)
+            return verdict.error() if verdict and verdict.refused else None
+        return None
 
     # -- to the client --
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ import aiohttp
 import pytest
 from conftest import JSON, KEY, LIVE, UPGRADE, Answer, Launch, Logged, Serve, Served
 
+import live
 import sandbox as played
 import server
 from sandbox import Sandbox
@@ -531,6 +533,38 @@ async def drained(send: Callable[[Any], Any], sent: Any) -> None:
             await send(sent)
 
 
+async def test_what_a_session_keeps(serve: Serve, sandbox: Sandbox) -> None:
+    """Of what is typed and sent no more than one request could hold, a block counting as a KiB; and it goes on."""
+    gateway = await serve(limits={"max_body_bytes": 64 << 10}, live={"detector": "energy"})
+    block = {"type": "text", "text": "x"}
+    async with session(gateway) as talk:
+        await talk.say("input.text", text="[say One.]")
+        await talk.until("audio.done")
+        for sent in (
+            {"type": "input.content", "content": [block] * 64},
+            {"type": "input.text", "text": "x" * 65_000},
+            {"type": "tool_result", "tool_use_id": "x", "content": "x" * 65_000},
+        ):
+            await talk.socket.send_json(sent)
+            fault = await talk.until("error")
+            assert (fault["error"]["code"], fault["fatal"]) == ("session_full", False)
+        await talk.say("input.text", text="[say Two.]")
+        await talk.until("audio.done")
+    assert talk.text == "One.Two."
+
+
+async def test_large_messages_are_work(gateway: Served) -> None:
+    """A program that sends them as fast as it can is read slowly, so that others need not wait for it."""
+    loop = asyncio.get_running_loop()
+    async with session(gateway) as talk:
+        began = loop.time()
+        for _ in range(4):
+            await talk.say("nope", text="x" * 200_000)
+        await talk.say("session.close")
+        assert await talk.end() == 1000
+    assert loop.time() - began > 4 * 200_000 / server.WORK_RATE
+
+
 async def test_typed_turns_count_as_requests(serve: Serve, sandbox: Sandbox) -> None:
     """Whoever types as fast as a program is told to wait, as anybody who sends requests."""
     gateway = await serve(rate_limit={"caller_rpm": 2}, live={"detector": "energy"})
@@ -738,6 +772,45 @@ async def test_many_come_and_go(gateway: Served, sandbox: Sandbox) -> None:
 
     few = await visits(20)
     assert await visits(100) == few
+
+
+async def test_a_speech_service_that_is_slow_to_close(
+    gateway: Served, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no time for a goodbye, as on a machine with too much to do, its sockets are cut off."""
+    monkeypatch.setattr(live, "_GOODBYE", 0.0)
+    for _ in range(5):
+        async with session(gateway) as talk:
+            await talk.say("session.close")
+            assert await talk.end() == 1000
+    await all_done(sandbox)
+    assert sandbox.open == 0
+
+
+async def test_nothing_waits_for_the_garbage_collector(gateway: Served, sandbox: Sandbox) -> None:
+    """A connection is gone with its end: neither an error nor a WebSocket keeps it, however many there are."""
+    close = {"headers": {"Connection": "close"}}
+
+    async def visit() -> None:
+        assert (await refusal(gateway, key="wrong", Connection="close, Upgrade")).status == 401
+        assert (await gateway.get("/v1/nope", **close)).status == 404
+        assert (await gateway.post([], **close)).status == 400
+        assert (await gateway.ask("openai", "[error 500]", **close)).status == 502
+        await gateway.ask("openai", "[say one] [error_in_stream 500]", stream=True, **close)
+        async with opened(gateway):
+            pass
+        await gateway.gateway.idle.wait()
+
+    await visit()
+    gc.collect()
+    gc.disable()
+    try:
+        await visit()
+        async with asyncio.timeout(5):
+            while any(isinstance(one, server.Connection) for one in gc.get_objects()):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
 
 
 # == Keys and models ===================================================================================================
