@@ -2069,6 +2069,9 @@ class LiveSocket:
         if message.type is aiohttp.WSMsgType.TEXT:
             self._size = len(message.data)
             return read_keys(message.data.encode(), self._gateway.config.limits)
+        wrong = message.data  # of what RFC 6455 forbids; `close_code` says 1006 then
+        code = wrong.code if isinstance(wrong, aiohttp.WebSocketError) else self._socket.close_code
+        self._tally.closed = LEAVING.get(code or 0, "disconnected")
         return None
 
     async def _read(self, session: live.LiveSession) -> None:
@@ -2090,8 +2093,6 @@ class LiveSocket:
             if fault:
                 await self._say({**fault.to_wire(self._exchange.id), "fatal": False})
             elif message is None:
-                left = self._socket.close_code
-                self._tally.closed = LEAVING.get(left, "disconnected") if left is not None else "disconnected"
                 return
             else:
                 await session.send(message)

@@ -377,6 +377,17 @@ async def test_nothing_before_the_configuration(gateway: Served, sent: Any) -> N
     assert fault["request_id"] == fault["error"]["request_id"]
 
 
+@pytest.mark.parametrize("way", ["too long", "close"])
+async def test_a_client_that_configures_nothing(gateway: Served, way: str, logged: Logged) -> None:
+    """Its session ends as any other, and the log says how."""
+    async with opened(gateway) as socket:
+        if way == "too long":
+            await socket.send_str(json.dumps({"type": "session.configure", "config": {"system": "x" * (1 << 20)}}))
+            assert await Talk(socket).end() == 1009
+    await gateway.gateway.idle.wait()
+    assert [line["live"]["closed"] for line in logged.requests] == ["refused" if way == "too long" else "client"]
+
+
 async def test_the_configuration_comes_in_time(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONFIGURE", 0.05)
     async with opened(gateway) as socket:
@@ -504,13 +515,15 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes
 
 
 @pytest.mark.parametrize(("sent", "code"), FRAMES.values(), ids=FRAMES)
-async def test_frames(gateway: Served, sandbox: Sandbox, sent: bytes, code: int) -> None:
+async def test_frames(gateway: Served, sandbox: Sandbox, sent: bytes, code: int, logged: Logged) -> None:
     """What RFC 6455 forbids, and what is too long, closes with the code for it; compression is never agreed on."""
     compress = "Sec-WebSocket-Extensions: permessage-deflate"
     async with raw_session(gateway, settings(), compress) as (reader, writer), asyncio.timeout(5):
         writer.write(sent)
         closes = [payload async for opcode, payload in frames(reader) if opcode == 8]
     assert [struct.unpack("!H", payload[:2])[0] for payload in closes] == [code]
+    await gateway.gateway.idle.wait()
+    assert [line["live"]["closed"] for line in logged.requests] == ["refused"]
     await all_done(sandbox)
 
 
@@ -626,7 +639,15 @@ STATES: dict[str, tuple[str, str]] = {  # what is typed, and the event after whi
     "answering": ("[say one two three] [hang]", "content_block_delta"),
     "speaking": ("[words 200]", "audio.start"),
     "tool": ("[tool get_weather {}]", "tool_use"),
+    "grace": ("Say it again.", "grace_period.started"),
 }
+
+
+def vanish(link: aiohttp.ClientWebSocketResponse) -> None:
+    """Close with RST, without a word."""
+    raw = link.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link._response.connection.transport.abort()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("way", ["close", "reset"])
@@ -634,16 +655,33 @@ STATES: dict[str, tuple[str, str]] = {  # what is typed, and the event after whi
 async def test_the_client_leaves(gateway: Served, sandbox: Sandbox, text: str, moment: str, way: str) -> None:
     """In whatever state, all that was open on its behalf is closed."""
     async with session(gateway, tools=[{"name": "get_weather", "input_schema": {"type": "object"}}]) as talk:
-        if text:
+        if moment == "grace_period.started":
+            await talk.socket.send_bytes(played.speech(text, 16_000))
+            await talk.say("input.commit")
+        elif text:
             await talk.say("input.text", text=text)
         await talk.until(moment)
         if way == "reset":
-            link = talk.socket.get_extra_info("socket")
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            talk.socket._response.connection.transport.abort()
+            vanish(talk.socket)
     await asyncio.wait_for(gateway.gateway.idle.wait(), 5)
     await all_done(sandbox)
     assert sandbox.open == 0
+
+
+async def test_a_client_that_comes_back(gateway: Served, sandbox: Sandbox) -> None:
+    """With the same key, at once: nothing of its old session is in the new one."""
+    async with session(gateway) as old:
+        await old.say("input.text", text="[words 200]")
+        await old.until("audio.start")
+        vanish(old.socket)
+        async with session(gateway) as new:
+            await new.say("input.text", text="[say Hello.]")
+            done = await new.until("audio.done")
+    ids = {event["response_id"] for event in new.events if "response_id" in event}
+    assert ids == {done["response_id"]}
+    assert new.events[0]["session_id"] != old.events[0]["session_id"]
+    assert (new.text, len(new.told("input.committed"))) == ("Hello.", 1)
+    assert len(new.audio) / 48 == pytest.approx(done["duration_ms"], abs=1)
 
 
 async def test_a_client_that_does_not_read(serve: Serve, sandbox: Sandbox, logged: Logged) -> None:
@@ -922,8 +960,8 @@ async def test_whose_provider_key(serve: Serve, sandbox: Sandbox, way: str, logg
 # == Metrics ===========================================================================================================
 
 
-async def test_metrics(gateway: Served) -> None:
-    """Sessions by their end, seconds of audio, the stages of turns, and errors."""
+async def test_metrics(gateway: Served, sandbox: Sandbox) -> None:
+    """Sessions by their end, seconds of audio, the stages of turns, interrupts, sockets made anew, and errors."""
 
     async def shown() -> dict[str, float]:
         raw = (await gateway.get("/metrics", key=None)).raw
@@ -939,11 +977,24 @@ async def test_metrics(gateway: Served) -> None:
         await talk.until("error")
         await talk.say("session.close")
         await talk.end()
+    async with session(gateway) as other:
+        await other.say("input.text", text="[words 200]")
+        await other.until("audio.start")
+        await other.say("input.interrupt")
+        await other.until("response.interrupted")
+        assert sandbox.drop_sockets()
+        pcm = played.speech("Thanks.", 16_000)
+        await other.socket.send_bytes(pcm)
+        await other.say("input.commit")
+        assert (await other.until("input.committed"))["transcript"] == "Thanks."
     await gateway.gateway.idle.wait()
     now = await shown()
     assert now["vai_live_sessions_in_progress"] == 0
-    assert now['vai_live_sessions_total{reason="client"}'] == 1
-    assert now['vai_live_audio_seconds_total{direction="in"}'] == pytest.approx(0.5)
-    assert now['vai_live_audio_seconds_total{direction="out"}'] == pytest.approx(done["duration_ms"] / 1000, abs=0.01)
-    assert now['vai_live_turn_seconds_count{stage="first_audio"}'] == 1
+    assert now['vai_live_sessions_total{reason="client"}'] == 2
+    assert now['vai_live_audio_seconds_total{direction="in"}'] == pytest.approx(0.5 + len(pcm) / 32_000)
+    heard = done["duration_ms"] / 1000 + len(other.audio) / 48_000
+    assert now['vai_live_audio_seconds_total{direction="out"}'] == pytest.approx(heard, abs=0.3)
+    assert now['vai_live_turn_seconds_count{stage="first_audio"}'] == 2
+    assert now['vai_live_interrupts_total{outcome="interrupted"}'] == 1
+    assert now["vai_live_reconnects_total"] >= 1
     assert now['vai_errors_total{provider="openai",type="rate_limit_error"}'] == 1
