@@ -3431,9 +3431,16 @@ class LiveSession:
 
     async def _hang_up(self) -> None:
         """Says goodbye to the speech service; what takes longer is cut off."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE):
-                await asyncio.gather(self._stt.close(), self._voice.close())
+        closing = [asyncio.create_task(speech.close()) for speech in (self._stt, self._voice)]
+        try:
+            await asyncio.sleep(
+                0
+            )  # until both have begun, or a busy loop would cut them off before: nothing were closed
+            await asyncio.wait(closing, timeout=_GOODBYE)
+        finally:
+            for task in closing:
+                task.cancel()
+            await asyncio.gather(*closing, return_exceptions=True)
 
     async def _expire(self) -> None:
         await asyncio.sleep(self._max_duration)

@@ -8,7 +8,7 @@ providers.py beside it, pydantic and aiohttp; uvloop and prometheus-client are u
 several processes: `gunicorn server:app -k aiohttp.GunicornUVLoopWebWorker -w N`.
 
 Contents (`grep -n '^# == '` lists the sections):
-    configuration · callers and their keys · rate limits · rate limits in Redis · web pages · logs · metrics
+    configuration · callers and their keys · rate limits · limits in Redis · web pages · logs · metrics
     errors and responses · connections · live sessions · the endpoints · the OpenAPI document · the app · main
 """
 
@@ -45,7 +45,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 import aiohttp
 from aiohttp import web
@@ -410,18 +410,21 @@ class Caller:
     rpm: int | None = None
     models: Sequence[str] | None = None
 
-    def check_model(self, *names: str) -> None:
-        """Raise unless one of these names of the model that was asked for, alias or provider/model, is on the list."""
-        if self.models is not None and not any(fnmatch.fnmatchcase(n, one) for n in names for one in self.models):
-            raise providers.PermissionDeniedError(
-                f"this key may not use {names[0]}", param="model", code="model_not_allowed"
-            )
+    def may_use(self, *names: str) -> bool:
+        """Whether one of these names of a model, alias or provider/model, is on the list."""
+        return self.models is None or any(fnmatch.fnmatchcase(name, one) for name in names for one in self.models)
 
-    def check_routes(self, asked: vai.MessageRequest) -> None:
+    def check_model(self, *names: str, param: str = "model") -> None:
+        """Raise unless the model that was asked for in the field `param`, which has these names, is on the list."""
+        if not self.may_use(*names):
+            message = f"this key may not use {names[0]}"
+            raise providers.PermissionDeniedError(message, param=param, code="model_not_allowed")
+
+    def check_routes(self, asked: vai.MessageRequest, param: str = "model") -> None:
         """Raise unless every model that may answer is on the list, or the alias that stands for them."""
         if self.models is not None:
             for route in (asked, *asked.fallbacks):
-                self.check_model(asked.model, f"{route.provider}/{route.model_name}")
+                self.check_model(asked.model, f"{route.provider}/{route.model_name}", param=param)
 
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -661,8 +664,7 @@ class RateLimits:
         self._clock = clock
         self._own = Limiter(config.global_rpm)
         self._failures = Limiter()
-        shared = config.enabled and config.redis_url
-        self.shared = SharedLimiter(shared, config.global_rpm, clock) if shared else None
+        self.shared = SharedLimiter(config.redis_url, config.global_rpm, clock) if config.redis_url else None
 
     async def admit(self, caller: Caller) -> Verdict | None:
         """Count a request. None where nothing counts: limits are off, or Redis does not answer."""
@@ -684,7 +686,7 @@ class RateLimits:
         return verdict._replace(refused="failures") if verdict.refused else None
 
 
-# == Rate limits in Redis ==============================================================================================
+# == Limits in Redis ===================================================================================================
 
 # The same windows: KEYS are one account's and everybody's, ARGV their limits. Redis' clock is the one that all share.
 SHARED_WINDOWS = """
@@ -721,6 +723,36 @@ return {refused, windows[told][2], math.ceil((first + 60 - now) * 1000)}
 """
 SHARED_REFUSALS: dict[int, Refusal] = {0: "", 1: "caller", 2: "global"}
 
+# How many live sessions each gateway has: KEYS[1] is a hash of gateways, ARGV the one that asks, the sessions it has
+# (with the one that wants to begin), how many may be in all (none: it only tells), and for how many seconds that counts
+# unless it is said again. What a gateway says takes the place of what it said before: the next message makes good for
+# one that was lost, and a gateway that has died is forgotten.
+SHARED_SESSIONS = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local own, here, most, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local rows, all = redis.call('HGETALL', KEYS[1]), here
+for i = 1, #rows, 2 do
+  local told = cmsgpack.unpack(rows[i + 1])
+  if told[2] <= now or told[2] > now + lease + 1 then  -- a later one is from before the clock was set back
+    redis.call('HDEL', KEYS[1], rows[i])
+  elseif rows[i] ~= own then
+    all = all + told[1]
+  end
+end
+if most and all > most then return {1, all} end
+if here > 0 then
+  redis.call('HSET', KEYS[1], own, cmsgpack.pack({here, now + lease}))
+  redis.call('PEXPIRE', KEYS[1], math.ceil(lease * 1000))
+else
+  redis.call('HDEL', KEYS[1], own)
+end
+return {0, all}
+"""
+SESSIONS_KEY = "{vai}:live"
+MAY_BEGIN = {0: True, 1: False}
+Keys = tuple[str | float, ...]  # keys of Redis' and arguments
+
 
 class SharedLimiter:
     """Limits that several gateways share through Redis (extra `redis`). Where Redis fails, requests pass uncounted.
@@ -734,6 +766,8 @@ class SharedLimiter:
     BATCH = 256  # at most so many are asked at once
     OVERDUE = 1.0  # seconds, until a connection is given up; nobody waits for it
     PAUSE = 1.0  # seconds, from a failure to the next attempt
+    LEASE = 30.0  # seconds for which the sessions of a gateway count, unless it says anew that it has them
+    RENEW = 10.0  # seconds until it does
 
     def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
         try:
@@ -749,35 +783,84 @@ class SharedLimiter:
         self._rpm = rpm
         self._may_warn = OnceAMinute(clock)
         self._wanted = asyncio.Event()
-        self._asked: list[Asked] = []
-        self._under_way: list[Asked] = []
+        self._asked: list[Asked[Any]] = []
+        self._under_way: list[Asked[Any]] = []
         self._task: asyncio.Task[None] | None = None
+        self._renewal: asyncio.TimerHandle | None = None
+        self._id = secrets.token_hex(8)  # among the gateways
+        self._sessions = 0
+        self._forgotten = True  # Redis holds nothing of ours
         self._tried = asyncio.Event()  # to connect, with or without success
         self.connected = asyncio.Event()
-        self.passed = 0  # requests that went uncounted
+        self.passed = 0  # requests and sessions that went uncounted
 
     async def start(self, patience: float = 0.25) -> None:
         """Try to connect; if that takes longer, it goes on while the first requests pass."""
         self._task = asyncio.create_task(self._run())
+        self._renew()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._tried.wait(), patience)
 
     async def close(self) -> None:
+        if self._renewal:
+            self._renewal.cancel()
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def admit(self, account: str, rpm: int) -> Verdict | None:
         """As `Limiter.admit`; None where Redis does not answer."""
-        verdict = None
+        keys = f"{{vai}}:rpm:{account}", "{vai}:rpm:all"  # in braces: one node of a cluster
+        return await self._ask(SHARED_WINDOWS, keys, (rpm, self._rpm), functools.partial(self._verdict, rpm))
+
+    def _verdict(self, rpm: int, told: Sequence[int]) -> Verdict:
+        code, total, wait = told
+        refused = SHARED_REFUSALS[code]
+        limit = self._rpm if refused == "global" else rpm
+        return Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000))
+
+    async def begin(self, sessions: int, most: int) -> bool | None:
+        """Whether a live session may begin, the last of `sessions` here, where there may be `most` in all.
+
+        None where Redis does not answer. Whatever comes of it, `tell` how many there are when it is over.
+        """
+        self._sessions, self._forgotten = sessions, False
+        args = self._id, sessions, most, self.LEASE
+        return await self._ask(SHARED_SESSIONS, (SESSIONS_KEY,), args, lambda told: MAY_BEGIN[told[0]])
+
+    def tell(self, sessions: int) -> None:
+        """So many live sessions are left here. Nobody waits for that: what Redis misses now, it is told later."""
+        self._sessions, self._forgotten = sessions, False
         if self.connected.is_set():
-            asked = Asked(account, rpm, asyncio.get_running_loop().create_future())
-            self._asked.append(asked)
-            self._wanted.set()
-            verdict = await asked.answer
-        if verdict is None:
+            args = self._id, sessions, "", self.LEASE
+            self._put(SHARED_SESSIONS, (SESSIONS_KEY,), args, functools.partial(self._told, sessions))
+
+    def _told(self, sessions: int, told: Sequence[int]) -> bool:
+        self._forgotten = sessions == self._sessions == 0
+        return MAY_BEGIN[told[0]]
+
+    def _tell_again(self) -> None:
+        if not self._forgotten:
+            self.tell(self._sessions)
+
+    def _renew(self) -> None:
+        self._renewal = asyncio.get_running_loop().call_later(self.RENEW, self._renew)
+        self._tell_again()
+
+    async def _ask(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> T | None:
+        """What `read` makes of the script's answer; None where Redis does not answer."""
+        answer = None
+        if self.connected.is_set():
+            answer = await self._put(script, keys, args, read)
+        if answer is None:
             self.passed += 1
-        return verdict
+        return answer
+
+    def _put(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> asyncio.Future[T | None]:
+        asked = Asked(script, (*keys, *args), len(keys), read, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        self._wanted.set()
+        return asked.answer
 
     async def _run(self) -> None:
         while True:
@@ -804,9 +887,10 @@ class SharedLimiter:
 
     async def _talk(self, client: Any) -> None:
         async with asyncio.timeout(self.OVERDUE):
-            script = await client.script_load(SHARED_WINDOWS)
+            hashes = {script: await client.script_load(script) for script in (SHARED_WINDOWS, SHARED_SESSIONS)}
         self.connected.set()
         self._tried.set()
+        self._tell_again()
         while True:
             if not self._asked:
                 self._wanted.clear()
@@ -814,13 +898,10 @@ class SharedLimiter:
             self._under_way, self._asked = self._asked[: self.BATCH], self._asked[self.BATCH :]
             calls = client.pipeline(transaction=False)
             for asked in self._under_way:
-                keys = f"{{vai}}:rpm:{asked.account}", "{vai}:rpm:all"  # in braces: one node of a cluster
-                calls.evalsha(script, 2, *keys, asked.rpm, self._rpm)
+                calls.evalsha(hashes[asked.script], asked.keys, *asked.given)
             answers = await self._answered(calls.execute())
-            for asked, (code, total, wait) in zip(self._under_way, answers, strict=True):
-                refused = SHARED_REFUSALS[code]
-                limit = self._rpm if refused == "global" else asked.rpm
-                asked.settle(Verdict(refused, limit, max(limit - total, 0), whole_seconds(wait / 1000)))
+            for asked, told in zip(self._under_way, answers, strict=True):
+                asked.settle(asked.read(told))
 
     async def _answered(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         """What Redis says. Ticks are longer where this process is too busy to read it: that is no fault of Redis."""
@@ -836,6 +917,7 @@ class SharedLimiter:
                 raise TimeoutError
             self._warn(TimeoutError())
             self.connected.set()
+            self._tell_again()
             return task.result()
         finally:
             task.cancel()
@@ -843,20 +925,22 @@ class SharedLimiter:
 
     def _warn(self, fault: Exception) -> None:
         if self._may_warn():
-            logger.warning("Redis fails (%s): rate limits are not shared, requests pass", type(fault).__name__)
+            logger.warning("Redis fails (%s): limits are not shared, requests pass", type(fault).__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """A question to Redis."""
+class Asked(Generic[T]):
+    """A question to Redis: a script, what it is given (the first `keys` of it are keys), and what reads its answer."""
 
-    account: str
-    rpm: int
-    answer: asyncio.Future[Verdict | None]
+    script: str
+    given: Keys
+    keys: int
+    read: Callable[[Any], T]
+    answer: asyncio.Future[T | None]
 
-    def settle(self, verdict: Verdict | None) -> None:
+    def settle(self, answer: T | None) -> None:
         if not self.answer.done():  # its caller may have gone
-            self.answer.set_result(verdict)
+            self.answer.set_result(answer)
 
 
 # == Web pages =========================================================================================================
@@ -1125,6 +1209,17 @@ class Exchange:
             told = next((one for one in self.attempts if one.fault is self.error), self.attempts[-1])
             self.provider, self.model = told.provider, told.model
 
+    def forget_frames(self) -> None:
+        """An error holds the frames that it came through, and they the request, which holds the error.
+
+        That ring is broken here: else each request that is refused would wait for the garbage collector.
+        """
+        faults: list[BaseException | None] = [self.error, *(attempt.fault for attempt in self.attempts)]
+        while faults:
+            if fault := faults.pop():
+                faults += [fault.__context__, fault.__cause__]
+                fault.__traceback__ = fault.__context__ = fault.__cause__ = None
+
     def fields(self, request: web.BaseRequest) -> JSON:
         out: JSON = {"request_id": self.id, "caller": self.caller, "method": request.method, "path": request.path[:200]}
         out |= {"status": self.status, "duration_ms": self.milliseconds, "provider": self.provider, "model": self.model}
@@ -1206,7 +1301,7 @@ class Metrics:
         """A request was refused by this limit of ours."""
 
     def limits_unshared(self) -> None:
-        """A request passed without the limits that several processes share: their store does not answer."""
+        """A request, or a live session, passed a limit that several processes share: its store does not answer."""
 
     def lag(self, seconds: float) -> None:
         """The event loop was this late."""
@@ -1287,7 +1382,7 @@ class PrometheusMetrics(Metrics):
         self._limits = counter("rate_limit_hits", "Requests over a limit of the gateway's.", "scope")
         self._unshared = prometheus.Counter(
             "vai_rate_limits_unshared",
-            "Requests that passed while the store of the limits was down.",
+            "Requests, and live sessions, that passed while the store of the limits was down.",
             registry=registry,
         )
         self._lags = prometheus.Histogram(
@@ -1715,6 +1810,7 @@ class Connection(web.RequestHandler):
             if timer:
                 timer.cancel()
         self._link = None
+        self._data_received_cb = None  # a WebSocket's; it holds this connection
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -1793,6 +1889,9 @@ LEAVING = dict.fromkeys((1000, 1001, 1005), "client") | dict.fromkeys((1002, 100
 MESSAGE_BYTES = 256 << 10
 SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; as many are in the process
 TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
+KEPT = (*TYPED, "tool_result")  # what is kept, and sent to the model with every turn from then on
+BLOCK_BYTES = 1024  # what a content block counts at least
+WORK_RATE = 4 << 20  # such bytes a second are read: large messages are work, for which other callers would wait
 
 
 class Allowance:
@@ -1857,6 +1956,8 @@ class LiveSocket:
         self._allowance = Allowance()
         self._session: live.LiveSession | None = None
         self._billed: JSON | None = None  # the usage of the answer that is coming in
+        self._size = 0  # of the latest message, in characters
+        self._kept = 0  # bytes
         self._socket = web.WebSocketResponse(
             protocols=(PROTOCOL,),
             heartbeat=gateway.config.sse.ping_interval,
@@ -1915,27 +2016,32 @@ class LiveSocket:
         gateway, caller = self._gateway, self._caller
         config = live.read_config(message.get("config"))
         gateway.check_counts({"messages": config.messages, "tools": config.tools})
-        try:
-            asked = gateway.engine.parse({"model": config.model, "messages": [{"role": "user", "content": "."}]})
-        except InvalidRequestError as fault:
-            raise InvalidRequestError(fault.message, param="config.model", code=fault.code) from None
+        asked = self._asking(config.model, "config.model")
         self._exchange.provider, self._exchange.model = asked.provider, asked.model_name
-        caller.check_routes(asked)
-        if caller.models is not None:
-            spoken = config.voice
-            for model in (voice.listener_of(spoken.input), voice.model_of(spoken.output)):
-                caller.check_model(model)
-            for model in (spoken.vad.model, spoken.interrupt.model):
-                if model != "auto":
-                    caller.check_model(model)
+        caller.check_routes(asked, "config.model")
+        spoken = config.voice
+        caller.check_model(voice.listener_of(spoken.input), param="config.voice.input.model")
+        caller.check_model(voice.model_of(spoken.output), param="config.voice.output.model")
+        for name, model in (("vad", spoken.vad.model), ("interrupt", spoken.interrupt.model)):
+            if model != "auto":
+                param = f"config.voice.{name}.model"
+                caller.check_routes(self._asking(model, param), param)
         return gateway.engine.live_session(
             config,
             provider_keys(self._request, caller, PROVIDERS[asked.provider].byok, config.provider_keys),
+            may_check=caller.may_use,
             detectors=await gateway.hearing(),
             timing=live.Timing(idle=gateway.config.live.idle_timeout),
             max_duration=gateway.config.live.max_duration,
             session_id=self._exchange.id,
         )
+
+    def _asking(self, model: str, param: str) -> vai.MessageRequest:
+        """A request to this model, which the field `param` names."""
+        try:
+            return self._gateway.engine.parse({"model": model, "messages": [{"role": "user", "content": "."}]})
+        except InvalidRequestError as fault:
+            raise InvalidRequestError(fault.message, param=param, code=fault.code) from None
 
     async def _hold(self, message: bytes | JSON) -> None:
         async with await self._open(message) as self._session:
@@ -1961,7 +2067,11 @@ class LiveSocket:
         if message.type is aiohttp.WSMsgType.BINARY:
             return bytes(message.data)
         if message.type is aiohttp.WSMsgType.TEXT:
+            self._size = len(message.data)
             return read_keys(message.data.encode(), self._gateway.config.limits)
+        wrong = message.data  # of what RFC 6455 forbids; `close_code` says 1006 then
+        code = wrong.code if isinstance(wrong, aiohttp.WebSocketError) else self._socket.close_code
+        self._tally.closed = LEAVING.get(code or 0, "disconnected")
         return None
 
     async def _read(self, session: live.LiveSession) -> None:
@@ -1978,20 +2088,33 @@ class LiveSocket:
             if isinstance(message, bytes):
                 self._tally.audio_in += len(message) * seconds
                 self._gateway.metrics.live_audio("in", len(message) * seconds)
-            elif message is not None and message.get("type") in TYPED:
-                fault = await self._over_limit()
+            elif message is not None:
+                fault = await self._over_limit(message)
             if fault:
                 await self._say({**fault.to_wire(self._exchange.id), "fatal": False})
             elif message is None:
-                left = self._socket.close_code
-                self._tally.closed = LEAVING.get(left, "disconnected") if left is not None else "disconnected"
                 return
             else:
                 await session.send(message)
+            if not isinstance(message, bytes):
+                await asyncio.sleep(self._work(message) / WORK_RATE)
 
-    async def _over_limit(self) -> Error | None:
-        verdict = await self._gateway.count(self._caller)
-        return verdict.error() if verdict and verdict.refused else None
+    def _work(self, message: JSON | None) -> int:
+        """How much there is to do for a message: its bytes, and no fewer than its blocks count."""
+        content = message.get("content") if message else None
+        return max(self._size, BLOCK_BYTES * (1 + len(content) if isinstance(content, list) else 1))
+
+    async def _over_limit(self, message: JSON) -> Error | None:
+        if message.get("type") in KEPT:
+            most = self._gateway.config.limits.max_body_bytes  # as much as one request could hold
+            if self._kept + self._work(message) > most:
+                text = f"a session keeps no more than {most} bytes of what is typed and sent"
+                return providers.RequestTooLargeError(text, code="session_full")
+            self._kept += self._work(message)
+        if message.get("type") in TYPED:
+            verdict = await self._gateway.count(self._caller)
+            return verdict.error() if verdict and verdict.refused else None
+        return None
 
     # -- to the client --
 
@@ -2008,18 +2131,24 @@ class LiveSocket:
                 self._count(event)
                 if event.type == "error":
                     event.data["request_id"] = event["error"]["request_id"] = self._exchange.id
+                elif event.type == "session.closed" and event["reason"] == "draining":
+                    await self._say_last(self._gateway.shutdown_error())
             await self._say(event.to_wire())
 
     async def _say(self, message: JSON) -> None:
         await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
 
-    async def _fail(self, fault: Error) -> None:
-        """Tell the client why this is the end."""
+    async def _say_last(self, fault: Error) -> None:
+        """Why this is the end."""
         self._exchange.error = fault
+        await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
+
+    async def _fail(self, fault: Error) -> None:
+        """Tell the client why this is the end, as far as it still listens."""
         self._tally.closed = "draining" if fault.code == "draining" else "refused" if fault.status < 500 else "error"
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(GOODBYE):
-                await self._say({**fault.to_wire(self._exchange.id), "fatal": True})
+                await self._say_last(fault)
                 if self._session:
                     await self._say({"type": "session.closed", "reason": self._tally.closed})
 
@@ -2078,7 +2207,7 @@ class Configured(BaseModel):
 
 
 class LiveState(BaseModel):
-    """Live sessions: how many there are, and how many there may be."""
+    """Live sessions: how many this process has, and how many there may be (with Redis, in all processes together)."""
 
     active: int = 0
     limit: int = 0
@@ -2141,7 +2270,7 @@ class Gateway:
     async def count(self, caller: Caller) -> Verdict | None:
         """Count a request of this caller's: as `RateLimits.admit`, and in the metrics."""
         verdict = await self.rates.admit(caller)
-        if verdict is None and self.rates.shared:
+        if verdict is None and self.config.rate_limit.enabled:
             self.metrics.limits_unshared()
         elif verdict and verdict.refused:
             self.metrics.rate_limited(verdict.refused)
@@ -2302,16 +2431,30 @@ class Gateway:
         caller = await self.admit(request)
         check_upgrade(request)
         if self.retiring:
-            raise self._shutdown_error()
+            raise self.shutdown_error()
         most, task = self.config.live.max_sessions, asyncio.current_task(self.loop)
+        full = providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
         if len(self.sessions) >= most or task is None:
-            raise providers.OverloadedError(f"{most} live sessions are open, and no more may be", code="live_sessions")
+            raise full
         self.sessions[task] = talk = LiveSocket(self, request, caller)
         try:
+            if not await self._may_begin(most):
+                raise full
             with self.metrics.talking:
                 return await talk.run()
         finally:
             del self.sessions[task]
+            if self.rates.shared:
+                self.rates.shared.tell(len(self.sessions))
+
+    async def _may_begin(self, most: int) -> bool:
+        """Whether all gateways together have room for the last of the sessions here, or Redis does not say."""
+        if not self.rates.shared:
+            return True
+        allowed = await self.rates.shared.begin(len(self.sessions), most)
+        if allowed is None:
+            self.metrics.limits_unshared()
+        return allowed is not False
 
     async def hearing(self) -> live.Detectors:
         """The detectors, which `auto` starts with the first session: a gateway that nobody talks to needs none."""
@@ -2324,14 +2467,14 @@ class Gateway:
         return self.detectors
 
     @staticmethod
-    def _shutdown_error() -> Error:
+    def shutdown_error() -> Error:
         return providers.OverloadedError("the gateway is shutting down", code="draining", retry_after=1)
 
     def outlived(self) -> Error:
         """The end of the grace has cancelled this request: take that back for as long as it takes to say so."""
         if task := asyncio.current_task():
             task.uncancel()
-        return self._shutdown_error()
+        return self.shutdown_error()
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -2388,6 +2531,7 @@ class Gateway:
             exchange.settle()
             self.metrics.request(request.path if request.path in self.endpoints else OTHER, exchange)
             exchange.log(request)
+            exchange.forget_frames()
             request_id.reset(token)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -2397,7 +2541,7 @@ class Gateway:
             if preflight := self.cors.preflight(request):
                 return preflight
             if self.draining and request.path.startswith("/v1/"):
-                raise self._shutdown_error()
+                raise self.shutdown_error()
             return await self._counted(request, handler)
         except asyncio.CancelledError:
             if not self.expired:
@@ -2407,6 +2551,7 @@ class Gateway:
             raise
         except Exception as raised:
             fault = error_of(raised, request.path)
+            raised.__traceback__ = None  # aiohttp keeps the 404 of a request with the request, see `forget_frames`
             if isinstance(raised, web.HTTPMethodNotAllowed):
                 allowed = raised.headers["Allow"]
         request[EXCHANGE].error = fault
@@ -3032,7 +3177,8 @@ def described(gateway: Gateway) -> list[tuple[str, str]]:
     if config.cors.allowed_origins:
         lines.append(("web pages", ", ".join(config.cors.allowed_origins)))
     lines.append(("limits", f"{sizes}; {times.first_byte:g} s to the first byte, {times.total:g} s in all"))
-    lines.append(("live", f"{config.live.max_sessions:,} sessions at most; speech detector {gateway.detectors.kind}"))
+    most = f"{config.live.max_sessions:,} sessions at most{say_shared(config.rate_limit)}"
+    lines.append(("live", f"{most}; speech detector {gateway.detectors.kind}"))
     lines.append(("metrics", gateway.metrics.missing or f"/metrics{', with a key' * config.metrics.require_key}"))
     return lines
 
@@ -3079,8 +3225,11 @@ def say_hello(url: str, gateway: Gateway, *, sandbox: bool) -> None:
 def say_limits(config: RateLimitSection) -> str:
     if not config.enabled:
         return "none"
-    shared = ", shared through Redis" if config.redis_url else ""
-    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{shared}"
+    return f"{config.caller_rpm:,} requests a minute for one caller, {config.global_rpm:,} in all{say_shared(config)}"
+
+
+def say_shared(config: RateLimitSection) -> str:
+    return ", shared through Redis" if config.redis_url else ""
 
 
 async def run(config: Config, environ: Mapping[str, str], *, sandbox: bool) -> None:

@@ -1340,13 +1340,15 @@ class Direct:
         *,
         detectors: live.Detectors,
         tools: Sequence[ToolLike] = (),
+        may_check: Callable[[str], bool] = lambda model: True,
         timing: live.Timing | None = None,
         max_duration: float = 7200.0,
         session_id: str | None = None,
     ) -> live.LiveSession:
         """A live session. `tools` that are functions are called here, others by the client, asked by `tool_use`.
 
-        `config.tools` is what the model is told of them. Raises `InvalidRequestError` for what is wrong with the
+        `config.tools` is what the model is told of them. `may_check` says which provider/model may be asked short
+        questions where the configuration names none. Raises `InvalidRequestError` for what is wrong with the
         configuration, `AuthenticationError` where there is no key for the speech service.
         """
         settings, brought = config.voice, (byok(keys or {}), byok(config.provider_keys))
@@ -1354,7 +1356,7 @@ class Direct:
         asked: JSON = {**config.model_dump(include=fields, exclude_none=True), "stream": True}
         if config.tools:
             asked["tools"] = [{key: tool[key] for key in tool if key != "side_effects"} for tool in config.tools]
-        check = self._fast_model(config, keys or {}, brought)
+        check = self._fast_model(config, keys or {}, brought, may_check)
         self._check_live(asked, config)
 
         async def reply(messages: list[JSON], with_tools: bool) -> EventStream:
@@ -1393,15 +1395,19 @@ class Direct:
             raise InvalidRequestError(fault.message, param=param, code=fault.code) from None
 
     def _fast_model(
-        self, config: live.LiveConfig, keys: Mapping[str, str], brought: Sequence[Mapping[str, Secret]]
+        self,
+        config: live.LiveConfig,
+        keys: Mapping[str, str],
+        brought: Sequence[Mapping[str, Secret]],
+        may_check: Callable[[str], bool],
     ) -> live.Check | None:
-        """What asks a fast model; None where none is named and there is no key for any."""
+        """What asks a fast model; None where none is named, and there is no key for any that may be asked."""
         paid = (
             f"{name}/{model}"
             for name, model in FAST_MODELS.items()
             if self.available(name) or any(byok in given for given in brought for byok in PROVIDERS[name].byok)
         )
-        fast = next(paid, None)
+        fast = next(filter(may_check, paid), None)
         if fast is None and {config.voice.vad.model, config.voice.interrupt.model} == {"auto"}:
             return None
 

@@ -7,6 +7,7 @@ own. Both have the sandbox behind them. `listen(talk)` is an upstream that may d
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
@@ -31,6 +32,13 @@ from sandbox import Sandbox
 JSON: TypeAlias = dict[str, Any]
 KEY = "vai_sk_the-key-of-alice-0123456789"
 ROOT = Path(server.__file__).parent
+LIVE = "/v1/messages/live"
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+}
 MODELS = {
     "anthropic": "claude-sonnet-4-5",
     "openai": "gpt-4o",

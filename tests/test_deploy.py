@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import aiohttp
 import pytest
 from aiohttp import web
-from conftest import KEY, ROOT, Launch, Logged, Process, Serve, Served, body_of, post_bytes
+from conftest import KEY, LIVE, ROOT, Launch, Logged, Process, Serve, Served, body_of, post_bytes
 from prometheus_client.mmap_dict import MmapedDict
 
 import server
@@ -128,6 +128,25 @@ async def test_new_workers_for_old(gunicorn: Gunicorn, sandbox: Sandbox) -> None
     assert statuses == {200}
     process.signal(signal.SIGTERM)
     assert await process.ended(15) == 0
+
+
+async def test_live_sessions_of_a_worker(gunicorn: Gunicorn, sandbox: Sandbox) -> None:
+    """One that stops lets them go on for the grace, tells them of the end, and leaves nothing open."""
+    process = await gunicorn(VAI_API_KEYS=f"alice={KEY}", VAI_TIMEOUT_DRAIN="1", VAI_LIVE_DETECTOR="energy")
+    url, said = process.gateway.url + LIVE, []
+    async with process.gateway.http.ws_connect(url, headers={"X-API-Key": KEY}) as link, asyncio.timeout(20):
+        await link.send_json({"type": "session.configure", "config": {"model": "openai/gpt-4o"}})
+        process.signal(signal.SIGTERM)
+        await link.send_json({"type": "input.text", "text": "[words 200]"})
+        async for message in link:
+            if message.type is aiohttp.WSMsgType.TEXT:
+                said.append(message.json())
+    assert link.close_code == 1001
+    assert [event["type"] for event in said][-2:] == ["error", "session.closed"]
+    assert (said[-2]["error"]["code"], said[-1]["reason"]) == ("draining", "draining")
+    assert "audio.start" in [event["type"] for event in said]
+    assert await process.ended(15) == 0
+    assert sandbox.open == 0
 
 
 async def test_who_waits_at_the_door_of_a_worker(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

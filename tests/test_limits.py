@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import aiohttp
 import pytest
 from conftest import (
     KEY,
+    LIVE,
+    UPGRADE,
     Answer,
     Launch,
     Listen,
@@ -373,22 +376,39 @@ def test_window_in_redis(scripted: Any, steps: list[tuple[str, float]], rpm: int
         assert abs(wait / 1000 - verdict.reset) <= 1.01
 
 
+Scripted: TypeAlias = tuple[Callable[[list[str], list[Any]], Any], Callable[[], Any]]
+
+
 @pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The script, with the time as its last argument; and what clears Redis."""
+def redis_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     library = pytest.importorskip("redis", reason="the extra `redis` is not installed")
     path = tmp_path_factory.mktemp("redis") / "s"
     process = redis_server(path)
     client = library.Redis(
         unix_socket_path=str(path), retry=library.retry.Retry(library.backoff.ConstantBackoff(0.02), 500)
     )
-    clock = "local time = redis.call('TIME')\nlocal now = time[1] + time[2] / 1000000\n"
-    assert clock in server.SHARED_WINDOWS
-    script = client.register_script(server.SHARED_WINDOWS.replace(clock, "local now = tonumber(ARGV[#ARGV])\n"))
-    yield lambda keys, args: script(keys=keys, args=args), client.flushall
+    yield client
     client.close()
     process.kill()
     process.wait()
+
+
+def timed(client: Any, script: str) -> Scripted:
+    """The script, with the time as its last argument; and what clears Redis."""
+    clock = "local time = redis.call('TIME')\nlocal now = time[1] + time[2] / 1000000\n"
+    assert clock in script
+    script = client.register_script(script.replace(clock, "local now = tonumber(ARGV[#ARGV])\n"))
+    return lambda keys, args: script(keys=keys, args=args), client.flushall
+
+
+@pytest.fixture(scope="module")
+def scripted(redis_client: Any) -> Scripted:
+    return timed(redis_client, server.SHARED_WINDOWS)
+
+
+@pytest.fixture(scope="module")
+def sessions(redis_client: Any) -> Scripted:
+    return timed(redis_client, server.SHARED_SESSIONS)
 
 
 @redis
@@ -450,7 +470,7 @@ async def test_redis_comes_and_goes(
     assert shared.passed >= 8
     lines = [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
     assert len(lines) == 1
-    assert re.fullmatch(r"Redis fails \(\w+\): rate limits are not shared, requests pass", lines[0])
+    assert re.fullmatch(r"Redis fails \(\w+\): limits are not shared, requests pass", lines[0])
 
 
 @redis
@@ -557,7 +577,7 @@ async def test_one_line_a_minute(library: Any, tmp_path: Path, logged: Logged, m
 
 
 def test_redis_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without its library a `redis_url` stops the start with what to install; without limits nobody asks for it."""
+    """Without its library a `redis_url` stops the start with what to install."""
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.setenv("VAI_REDIS_URL", "redis://:sk-fault@localhost")
     monkeypatch.setenv("VAI_API_KEYS", KEY)
@@ -566,8 +586,6 @@ def test_redis_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     out, errors = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert errors == "vai: rate_limit.redis_url: redis is missing: pip install 'vai[redis]'\n"
-    monkeypatch.setenv("VAI_RATE_LIMIT", "false")
-    server.main(["--check-config"])
 
 
 def test_redis_url_is_checked(library: Any) -> None:
@@ -576,6 +594,196 @@ def test_redis_url_is_checked(library: Any) -> None:
         with pytest.raises(server.ConfigError, match=r"^rate_limit\.redis_url: must be redis://") as caught:
             SharedLimiter(url, 1)
         assert "sk-fault" not in str(caught.value)
+
+
+# == Live sessions in Redis ============================================================================================
+
+TOLD = st.tuples(
+    st.sampled_from("abc"),
+    st.integers(0, 4),  # sessions
+    st.sampled_from([None, 0, 3, 6]),  # how many may be in all; None only tells
+    st.sampled_from([0.0, 0.5, 9.9, 10.0, 30.0, -0.5, -3600.0]),  # seconds since the last one: clocks are set back
+)
+
+
+@redis
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TOLD, max_size=12))
+@example([("a", 3, 3, 0.0), ("b", 1, 3, 10.0), ("b", 1, 3, 30.0)])  # who does not say it again counts no more
+@example([("a", 3, 3, 0.0), ("a", 0, None, 0.0), ("b", 3, 3, 0.0)])
+def test_sessions_of_several_gateways(sessions: Scripted, steps: list[tuple[str, int, int | None, float]]) -> None:
+    """A session may begin where those that gateways told of in the last seconds leave room for it; nothing adds up."""
+    script, forget = sessions
+    forget()
+    now, lease, rows = 1_700_000_000.0, 30.0, dict[str, tuple[int, float]]()
+    for gateway, here, most, pause in steps:
+        now += pause
+        rows = {name: row for name, row in rows.items() if now < row[1] <= now + lease + 1}
+        in_all = here + sum(count for name, (count, _) in rows.items() if name != gateway)
+        refused = most is not None and in_all > most
+        args = [gateway, here, "" if most is None else most, repr(lease), repr(now)]
+        assert script(["{vai}:live"], args) == [refused, in_all]
+        if not refused:
+            rows[gateway] = here, now + lease
+
+
+@contextlib.asynccontextmanager
+async def talking(*gateways: Served) -> AsyncIterator[None]:
+    """A live session on each of these."""
+    async with contextlib.AsyncExitStack() as stack:
+        for gateway in gateways:
+            await stack.enter_async_context(gateway.http.ws_connect(f"{gateway.url}{LIVE}", headers={"X-API-Key": KEY}))
+        yield
+
+
+async def upgraded(gateway: Served) -> int:
+    """The status of one more."""
+    try:
+        async with talking(gateway):
+            return 101
+    except aiohttp.WSServerHandshakeError as refused:
+        return refused.status
+
+
+async def upgrades(gateway: Served, status: int) -> None:
+    """Soon, one more is let in, or refused."""
+    async with asyncio.timeout(10):
+        while await upgraded(gateway) != status:
+            pass
+
+
+async def active(*gateways: Served) -> list[int]:
+    return [(await gateway.get("/health", key=None)).body["live"]["active"] for gateway in gateways]
+
+
+ONE_EACH = {"max_sessions": 2, "detector": "energy"}
+
+
+@redis
+@pytest.mark.parametrize("limited", [True, False])
+async def test_sessions_are_shared(
+    serve: Serve, start_redis: StartRedis, redis_url: str, patient: None, limited: bool
+) -> None:
+    """Two gateways on one Redis have as many live sessions as one would, also where nobody limits requests."""
+    await start_redis()
+    limits = {"redis_url": redis_url, "enabled": limited}
+    one, two = [await serve(live=ONE_EACH, rate_limit=limits) for _ in range(2)]
+    await connected(one, two)
+    async with talking(one):
+        async with talking(two):
+            for full in (one, two):
+                answer = await full.get(LIVE, headers=UPGRADE)
+                assert (answer.status, answer.error["code"]) == (503, "live_sessions")
+            assert await active(one, two) == [1, 1]
+        await upgrades(one, 101)
+    await upgrades(one, 101)
+    async with asyncio.timeout(10):
+        while await active(one, two) != [0, 0]:
+            pass
+    async with talking(two, two):
+        assert await upgraded(one) == 503
+    assert one.gateway.rates.shared.passed == two.gateway.rates.shared.passed == 0
+    text = (await one.get("/metrics")).raw
+    assert "vai_rate_limits_unshared_total 0.0" in text
+
+
+@redis
+async def test_a_gateway_that_died(
+    serve: Serve,
+    start_redis: StartRedis,
+    redis_url: str,
+    patient: None,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it had counts no more after a while; of a gateway that lives it does, also if Redis has lost everything."""
+    monkeypatch.setattr(SharedLimiter, "RENEW", 0.05)
+    process = await start_redis()
+    one, two = [await serve(live=ONE_EACH, rate_limit={"redis_url": redis_url}) for _ in range(2)]
+    await connected(one, two)
+    async with talking(one, one):
+        assert await upgraded(two) == 503
+        process.kill()
+        process.wait()
+        await start_redis()
+        await upgrades(two, 503)
+        monkeypatch.setattr(SharedLimiter, "LEASE", 0.5)
+        assert await one.gateway.rates.shared.begin(2, 2)
+        await one.gateway.rates.shared.close()
+        await upgrades(two, 101)
+
+
+@redis
+async def test_sessions_without_redis(
+    serve: Serve, start_redis: StartRedis, redis_url: str, logged: Logged, impatient: None
+) -> None:
+    """While Redis is down a gateway counts its own; what began then counts as soon as Redis is there."""
+    one, two = [await serve(live=ONE_EACH, rate_limit={"redis_url": redis_url}) for _ in range(2)]
+    async with talking(one, two, two):
+        assert await upgraded(two) == 503
+        assert "vai_rate_limits_unshared_total 5.0" in (await two.get("/metrics")).raw
+        await start_redis()
+        await connected(one, two)
+        for gateway in (one, two):
+            gateway.gateway.rates.shared.PATIENCE = 1000
+        await upgrades(one, 503)
+    await upgrades(one, 101)
+    warnings = [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "limits are not shared, requests pass" in warnings[0]
+
+
+@redis
+async def test_sessions_are_told_again(
+    serve: Serve, start_redis: StartRedis, redis_url: str, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every few seconds a gateway says how many it has, so that they count for as long as they last."""
+    monkeypatch.setattr(SharedLimiter, "RENEW", 0.02)
+    await start_redis()
+    gateway = await serve(live=ONE_EACH, rate_limit={"redis_url": redis_url})
+    await connected(gateway)
+    async with library.asyncio.Redis.from_url(redis_url) as client, asyncio.timeout(10):
+        async with talking(gateway):
+            for _ in range(2):
+                await client.flushall()
+                while not await client.hlen(server.SESSIONS_KEY):
+                    pass
+                assert 0 < await client.pttl(server.SESSIONS_KEY) <= 30_000
+        while await client.exists(server.SESSIONS_KEY):
+            pass
+
+
+@redis
+async def test_sessions_where_redis_hangs(serve: Serve, start_redis: StartRedis, redis_url: str) -> None:
+    """A Redis that does not answer delays a session by little; what it has missed it is told when it does."""
+    process = await start_redis()
+    one, two = [await serve(live=ONE_EACH, rate_limit={"redis_url": redis_url}) for _ in range(2)]
+    await connected(one, two)
+    one.gateway.rates.shared.OVERDUE = two.gateway.rates.shared.OVERDUE = 20.0
+    process.send_signal(signal.SIGSTOP)
+    async with talking(one, one):
+        process.send_signal(signal.SIGCONT)
+        await connected(one, two)
+        two.gateway.rates.shared.PATIENCE = 1000
+        await upgrades(two, 503)
+
+
+@pytest.mark.parametrize(
+    "answer", [NONSENSE[name] for name in ("text", "number", "nothing", "refusal unknown", "error")]
+)
+async def test_nonsense_about_sessions(serve: Serve, listen: Listen, library: Any, answer: bytes) -> None:
+    """Whatever Redis says, a session may begin."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while command := await reader.read(1 << 16):
+            commands = len(re.findall(rb"(?m)^\*\d+\r$", command))
+            writer.write(answer if b"EVALSHA" in command else SHA if b"SCRIPT" in command else b"+OK\r\n" * commands)
+
+    url = (await listen(talk)).replace("http://", "redis://")
+    gateway = await serve(live=ONE_EACH, rate_limit={"redis_url": url, "enabled": False})
+    await connected(gateway)
+    assert await upgraded(gateway) == 101
+    assert gateway.gateway.rates.shared.passed == 1
 
 
 # == Slow callers ======================================================================================================

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import re
+import signal
 import socket
 import struct
 import sys
@@ -17,20 +19,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import JSON, KEY, Answer, Logged, Serve, Served
+from conftest import JSON, KEY, LIVE, UPGRADE, Answer, Launch, Logged, Serve, Served
 
+import live
 import sandbox as played
 import server
 from sandbox import Sandbox
 
-LIVE = "/v1/messages/live"
 PAGE = "https://app.example.org"
-UPGRADE = {
-    "Upgrade": "websocket",
-    "Connection": "Upgrade",
-    "Sec-WebSocket-Version": "13",
-    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
-}
 
 
 @pytest.fixture
@@ -381,6 +377,17 @@ async def test_nothing_before_the_configuration(gateway: Served, sent: Any) -> N
     assert fault["request_id"] == fault["error"]["request_id"]
 
 
+@pytest.mark.parametrize("way", ["too long", "close"])
+async def test_a_client_that_configures_nothing(gateway: Served, way: str, logged: Logged) -> None:
+    """Its session ends as any other, and the log says how."""
+    async with opened(gateway) as socket:
+        if way == "too long":
+            await socket.send_str(json.dumps({"type": "session.configure", "config": {"system": "x" * (1 << 20)}}))
+            assert await Talk(socket).end() == 1009
+    await gateway.gateway.idle.wait()
+    assert [line["live"]["closed"] for line in logged.requests] == ["refused" if way == "too long" else "client"]
+
+
 async def test_the_configuration_comes_in_time(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONFIGURE", 0.05)
     async with opened(gateway) as socket:
@@ -508,13 +515,15 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes
 
 
 @pytest.mark.parametrize(("sent", "code"), FRAMES.values(), ids=FRAMES)
-async def test_frames(gateway: Served, sandbox: Sandbox, sent: bytes, code: int) -> None:
+async def test_frames(gateway: Served, sandbox: Sandbox, sent: bytes, code: int, logged: Logged) -> None:
     """What RFC 6455 forbids, and what is too long, closes with the code for it; compression is never agreed on."""
     compress = "Sec-WebSocket-Extensions: permessage-deflate"
     async with raw_session(gateway, settings(), compress) as (reader, writer), asyncio.timeout(5):
         writer.write(sent)
         closes = [payload async for opcode, payload in frames(reader) if opcode == 8]
     assert [struct.unpack("!H", payload[:2])[0] for payload in closes] == [code]
+    await gateway.gateway.idle.wait()
+    assert [line["live"]["closed"] for line in logged.requests] == ["refused"]
     await all_done(sandbox)
 
 
@@ -535,6 +544,38 @@ async def drained(send: Callable[[Any], Any], sent: Any) -> None:
     with contextlib.suppress(ConnectionError):
         for _ in range(20_000):
             await send(sent)
+
+
+async def test_what_a_session_keeps(serve: Serve, sandbox: Sandbox) -> None:
+    """Of what is typed and sent no more than one request could hold, a block counting as a KiB; and it goes on."""
+    gateway = await serve(limits={"max_body_bytes": 64 << 10}, live={"detector": "energy"})
+    block = {"type": "text", "text": "x"}
+    async with session(gateway) as talk:
+        await talk.say("input.text", text="[say One.]")
+        await talk.until("audio.done")
+        for sent in (
+            {"type": "input.content", "content": [block] * 64},
+            {"type": "input.text", "text": "x" * 65_000},
+            {"type": "tool_result", "tool_use_id": "x", "content": "x" * 65_000},
+        ):
+            await talk.socket.send_json(sent)
+            fault = await talk.until("error")
+            assert (fault["error"]["code"], fault["fatal"]) == ("session_full", False)
+        await talk.say("input.text", text="[say Two.]")
+        await talk.until("audio.done")
+    assert talk.text == "One.Two."
+
+
+async def test_large_messages_are_work(gateway: Served) -> None:
+    """A program that sends them as fast as it can is read slowly, so that others need not wait for it."""
+    loop = asyncio.get_running_loop()
+    async with session(gateway) as talk:
+        began = loop.time()
+        for _ in range(4):
+            await talk.say("nope", text="x" * 200_000)
+        await talk.say("session.close")
+        assert await talk.end() == 1000
+    assert loop.time() - began > 4 * 200_000 / server.WORK_RATE
 
 
 async def test_typed_turns_count_as_requests(serve: Serve, sandbox: Sandbox) -> None:
@@ -598,7 +639,15 @@ STATES: dict[str, tuple[str, str]] = {  # what is typed, and the event after whi
     "answering": ("[say one two three] [hang]", "content_block_delta"),
     "speaking": ("[words 200]", "audio.start"),
     "tool": ("[tool get_weather {}]", "tool_use"),
+    "grace": ("Say it again.", "grace_period.started"),
 }
+
+
+def vanish(link: aiohttp.ClientWebSocketResponse) -> None:
+    """Close with RST, without a word."""
+    raw = link.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link._response.connection.transport.abort()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("way", ["close", "reset"])
@@ -606,16 +655,33 @@ STATES: dict[str, tuple[str, str]] = {  # what is typed, and the event after whi
 async def test_the_client_leaves(gateway: Served, sandbox: Sandbox, text: str, moment: str, way: str) -> None:
     """In whatever state, all that was open on its behalf is closed."""
     async with session(gateway, tools=[{"name": "get_weather", "input_schema": {"type": "object"}}]) as talk:
-        if text:
+        if moment == "grace_period.started":
+            await talk.socket.send_bytes(played.speech(text, 16_000))
+            await talk.say("input.commit")
+        elif text:
             await talk.say("input.text", text=text)
         await talk.until(moment)
         if way == "reset":
-            link = talk.socket.get_extra_info("socket")
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            talk.socket._response.connection.transport.abort()
+            vanish(talk.socket)
     await asyncio.wait_for(gateway.gateway.idle.wait(), 5)
     await all_done(sandbox)
     assert sandbox.open == 0
+
+
+async def test_a_client_that_comes_back(gateway: Served, sandbox: Sandbox) -> None:
+    """With the same key, at once: nothing of its old session is in the new one."""
+    async with session(gateway) as old:
+        await old.say("input.text", text="[words 200]")
+        await old.until("audio.start")
+        vanish(old.socket)
+        async with session(gateway) as new:
+            await new.say("input.text", text="[say Hello.]")
+            done = await new.until("audio.done")
+    ids = {event["response_id"] for event in new.events if "response_id" in event}
+    assert ids == {done["response_id"]}
+    assert new.events[0]["session_id"] != old.events[0]["session_id"]
+    assert (new.text, len(new.told("input.committed"))) == ("Hello.", 1)
+    assert len(new.audio) / 48 == pytest.approx(done["duration_ms"], abs=1)
 
 
 async def test_a_client_that_does_not_read(serve: Serve, sandbox: Sandbox, logged: Logged) -> None:
@@ -637,7 +703,7 @@ async def test_a_client_that_does_not_read(serve: Serve, sandbox: Sandbox, logge
 
 
 @pytest.mark.parametrize("moment", ["unconfigured", "listening", "speaking"])
-async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment: str) -> None:
+async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment: str, logged: Logged) -> None:
     """After the grace a session is told so and closed with 1001, whatever it is at; no new one is let in before."""
     async with opened(gateway) as link:
         talk = Talk(link)
@@ -653,11 +719,70 @@ async def test_the_gateway_shuts_down(gateway: Served, sandbox: Sandbox, moment:
         assert (answer.status, answer.error["code"]) == (503, "draining")
         assert await talk.end() == 1001
         await drain
-    if moment == "unconfigured":
-        assert (talk.events[-1]["error"]["code"], talk.events[-1]["fatal"]) == ("draining", True)
-    else:
-        assert talk.events[-1] == {"type": "session.closed", "reason": "draining"}
+    if moment != "unconfigured":
+        assert talk.events.pop() == {"type": "session.closed", "reason": "draining"}
+    assert is_draining(talk.events[-1])
+    await gateway.gateway.idle.wait()
+    [line] = [line for line in logged.requests if line["status"] == 101]
+    assert (line["code"], line["live"]["closed"]) == ("draining", "draining")
     await all_done(sandbox)
+
+
+def is_draining(event: JSON) -> bool:
+    """Whether it tells of the shutdown, as the end."""
+    told = event["error"]
+    assert (event["type"], event["fatal"], event["request_id"]) == ("error", True, told["request_id"])
+    return (told["type"], told["code"], told["retry_after"]) == ("overloaded_error", "draining", 1)
+
+
+async def test_a_process_shuts_down(launch: Launch, sandbox: Sandbox) -> None:
+    """After a signal no session begins; those that run have the grace and are told of the end; nothing is left."""
+    process = await launch(VAI_TIMEOUT_DRAIN="1", VAI_LIVE_DETECTOR="energy")
+    gateway = process.gateway
+    async with contextlib.AsyncExitStack() as stack:
+        bare = Talk(await stack.enter_async_context(opened(gateway)))
+        idle, busy, speaking = [await stack.enter_async_context(session(gateway)) for _ in range(3)]
+        await busy.say("input.text", text="[say one] [hang]")
+        await busy.until("content_block_delta")
+        await speaking.say("input.text", text="[words 200]")
+        await speaking.until("audio.start")
+        process.signal(signal.SIGTERM)
+        async with asyncio.timeout(1):
+            while (await gateway.get("/health")).status == 200:
+                pass
+        answer = await refusal(gateway)
+        assert (answer.status, answer.error["code"], answer.headers["Retry-After"]) == (503, "draining", "1")
+        await idle.say("input.text", text="[say Still here.]")
+        await idle.until("audio.done")
+        heard = len(speaking.audio)
+        assert await asyncio.gather(*(talk.end() for talk in (bare, idle, busy, speaking))) == [1001] * 4
+        assert is_draining(bare.events[-1])
+        for talk in (idle, busy, speaking):
+            assert talk.events.pop() == {"type": "session.closed", "reason": "draining"}
+            assert is_draining(talk.events[-1])
+        assert idle.text == "Still here."
+        assert len(speaking.audio) - heard > 24_000  # it went on while the others were served
+        assert await process.ended(4) == 0
+    await all_done(sandbox)
+    assert sandbox.open == 0
+    lines = [json.loads(line) for line in process.errors if '"live"' in line]
+    assert {line["live"]["closed"] for line in lines} == {"draining"}
+
+
+async def test_a_process_ends_at_once(launch: Launch, sandbox: Sandbox) -> None:
+    """With the second signal, whatever its sessions are at."""
+    process = await launch(VAI_LIVE_DETECTOR="energy")
+    async with session(process.gateway) as talk:
+        await talk.say("input.text", text="[words 200]")
+        await talk.until("audio.start")
+        process.signal(signal.SIGINT)
+        while (await process.gateway.get("/health")).status == 200:
+            pass
+        process.signal(signal.SIGINT)
+        assert await process.ended(2) == 0
+        assert await talk.end() == 1006
+    await all_done(sandbox)
+    assert sandbox.open == 0
 
 
 async def test_many_come_and_go(gateway: Served, sandbox: Sandbox) -> None:
@@ -687,6 +812,45 @@ async def test_many_come_and_go(gateway: Served, sandbox: Sandbox) -> None:
     assert await visits(100) == few
 
 
+async def test_a_speech_service_that_is_slow_to_close(
+    gateway: Served, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no time for a goodbye, as on a machine with too much to do, its sockets are cut off."""
+    monkeypatch.setattr(live, "_GOODBYE", 0.0)
+    for _ in range(5):
+        async with session(gateway) as talk:
+            await talk.say("session.close")
+            assert await talk.end() == 1000
+    await all_done(sandbox)
+    assert sandbox.open == 0
+
+
+async def test_nothing_waits_for_the_garbage_collector(gateway: Served, sandbox: Sandbox) -> None:
+    """A connection is gone with its end: neither an error nor a WebSocket keeps it, however many there are."""
+    close = {"headers": {"Connection": "close"}}
+
+    async def visit() -> None:
+        assert (await refusal(gateway, key="wrong", Connection="close, Upgrade")).status == 401
+        assert (await gateway.get("/v1/nope", **close)).status == 404
+        assert (await gateway.post([], **close)).status == 400
+        assert (await gateway.ask("openai", "[error 500]", **close)).status == 502
+        await gateway.ask("openai", "[say one] [error_in_stream 500]", stream=True, **close)
+        async with opened(gateway):
+            pass
+        await gateway.gateway.idle.wait()
+
+    await visit()
+    gc.collect()
+    gc.disable()
+    try:
+        await visit()
+        async with asyncio.timeout(5):
+            while any(isinstance(one, server.Connection) for one in gc.get_objects()):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
+
+
 # == Keys and models ===================================================================================================
 
 
@@ -712,7 +876,65 @@ async def test_models_of_a_key(serve: Serve, sandbox: Sandbox, fields: JSON) -> 
         assert await talk.end() == 1008
     [fault] = talk.events
     assert (fault["error"]["code"], fault["fatal"]) == ("model_not_allowed", True)
+    assert fault["error"]["param"] == ".".join(path(("config", fields)))
     await all_done(sandbox)
+
+
+def path(field: tuple[str, Any]) -> list[str]:
+    """The names on the way to the value in this."""
+    name, value = field
+    return [name, *path(next(iter(value.items())))] if isinstance(value, dict) else [name]
+
+
+@pytest.mark.parametrize(
+    ("models", "place", "refused"),
+    [
+        (["smart"], "vad", ""),
+        (["openai/*", "groq/*"], "vad", ""),
+        (["openai/*"], "vad", "config.voice.vad.model"),
+        (["openai/*"], "interrupt", "config.voice.interrupt.model"),
+    ],
+)
+async def test_an_alias_as_a_fast_model(serve: Serve, models: list[str], place: str, refused: str) -> None:
+    """It is allowed by its name, or by all that it stands for; what is refused is named."""
+    keys = [{"key": KEY, "models": [*models, "openai/gpt-4o", "cartesia/*"]}]
+    aliases = {"smart": ["openai/gpt-4.1", "groq/llama-3.3-70b-versatile"]}
+    gateway = await serve(auth={"keys": keys}, aliases=aliases, live={"detector": "energy"})
+    async with opened(gateway) as link:
+        talk = Talk(link)
+        await talk.say("session.configure", config=settings(voice={place: {"model": "smart"}}))
+        told = await talk.next()
+    assert told
+    assert told["type"] == ("error" if refused else "session.created")
+    assert not refused or told["error"]["param"] == refused
+
+
+@pytest.mark.parametrize(
+    ("models", "asked"),
+    [
+        (None, "groq/llama-3.3-70b-versatile"),
+        (["*"], "groq/llama-3.3-70b-versatile"),
+        (["openai/*"], "openai/gpt-4.1-nano"),
+        (["anthropic/claude-haiku-4-5", "openai/gpt-4.1-nano", "groq/other"], "openai/gpt-4.1-nano"),
+        (["anthropic/claude-haiku-*"], "anthropic/claude-haiku-4-5"),
+        (["openai/gpt-4"], None),
+    ],
+    ids=str,
+)
+async def test_the_fast_model_of_a_key(serve: Serve, sandbox: Sandbox, models: Any, asked: str | None) -> None:
+    """Where none is named, the first that the key may use is asked; without any, the words alone decide."""
+    listed = {"models": ["openai/gpt-4o", "cartesia/*", *models]} if models else {}
+    gateway = await serve(auth={"keys": [{"key": KEY, **listed}]}, live={"detector": "energy"})
+    async with session(
+        gateway, voice={"input": {"turn_detection": "vad"}, "vad": {"silence_duration_ms": 100}}
+    ) as talk:
+        await talk.socket.send_bytes(played.speech("Say it again.", 16_000) + bytes(32_000))
+        committed = await talk.until("input.committed")
+    assert (committed["transcript"], committed["forced"]) == ("Say it again.", False)
+    assert talk.told("vad.analyzing")
+    models_asked = [f"{one.provider}/{(one.body or {}).get('model')}" for one in sandbox.requests]
+    checks = {name for name in models_asked if not name.startswith("cartesia/")} - {"openai/gpt-4o"}
+    assert checks == ({asked} if asked else set())
 
 
 @pytest.mark.parametrize("way", ["header", "config", "passthrough"])
@@ -738,8 +960,8 @@ async def test_whose_provider_key(serve: Serve, sandbox: Sandbox, way: str, logg
 # == Metrics ===========================================================================================================
 
 
-async def test_metrics(gateway: Served) -> None:
-    """Sessions by their end, seconds of audio, the stages of turns, and errors."""
+async def test_metrics(gateway: Served, sandbox: Sandbox) -> None:
+    """Sessions by their end, seconds of audio, the stages of turns, interrupts, sockets made anew, and errors."""
 
     async def shown() -> dict[str, float]:
         raw = (await gateway.get("/metrics", key=None)).raw
@@ -755,11 +977,24 @@ async def test_metrics(gateway: Served) -> None:
         await talk.until("error")
         await talk.say("session.close")
         await talk.end()
+    async with session(gateway) as other:
+        await other.say("input.text", text="[words 200]")
+        await other.until("audio.start")
+        await other.say("input.interrupt")
+        await other.until("response.interrupted")
+        assert sandbox.drop_sockets()
+        pcm = played.speech("Thanks.", 16_000)
+        await other.socket.send_bytes(pcm)
+        await other.say("input.commit")
+        assert (await other.until("input.committed"))["transcript"] == "Thanks."
     await gateway.gateway.idle.wait()
     now = await shown()
     assert now["vai_live_sessions_in_progress"] == 0
-    assert now['vai_live_sessions_total{reason="client"}'] == 1
-    assert now['vai_live_audio_seconds_total{direction="in"}'] == pytest.approx(0.5)
-    assert now['vai_live_audio_seconds_total{direction="out"}'] == pytest.approx(done["duration_ms"] / 1000, abs=0.01)
-    assert now['vai_live_turn_seconds_count{stage="first_audio"}'] == 1
+    assert now['vai_live_sessions_total{reason="client"}'] == 2
+    assert now['vai_live_audio_seconds_total{direction="in"}'] == pytest.approx(0.5 + len(pcm) / 32_000)
+    heard = done["duration_ms"] / 1000 + len(other.audio) / 48_000
+    assert now['vai_live_audio_seconds_total{direction="out"}'] == pytest.approx(heard, abs=0.3)
+    assert now['vai_live_turn_seconds_count{stage="first_audio"}'] == 2
+    assert now['vai_live_interrupts_total{outcome="interrupted"}'] == 1
+    assert now["vai_live_reconnects_total"] >= 1
     assert now['vai_errors_total{provider="openai",type="rate_limit_error"}'] == 1
