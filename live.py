@@ -200,6 +200,7 @@ __all__ = [
     "VADSettings",
     "answer_messages",
     "append_message",
+    "beside_echo",
     "is_backchannel",
     "is_echo",
     "is_filler",
@@ -318,6 +319,7 @@ class Timing:
     paused: float = 2.5  # audio never stays paused longer without words
     hold: float = 1.0  # an answer does not begin over speech that began less long ago
     muted: float = 2.0  # no audio comes in: the microphone is off
+    room: float = 0.3  # an answer comes back as an echo within that
     late: float = 2.0  # factor on the silence after digits, spelling and "and …"
     report: float = 1.0  # a client that has stopped reporting playback is not waited for
     tool: float = 30.0  # a tool's result
@@ -1681,20 +1683,31 @@ def is_stop(text: str, language: str | None = None) -> bool:
 
 
 def is_echo(text: str, spoken: str) -> bool:
-    """Whether this is what the assistant is saying, as a microphone hears it: one run of its words, four in five of
-    them right; of one or two words, both."""
+    """Whether this is what the assistant is saying, as a microphone hears it, and nothing else."""
+    return bool(words(text)) and not beside_echo(text, spoken)
+
+
+def beside_echo(text: str, spoken: str) -> str:
+    """What is left of a text without the assistant's own words in it: one run of them, four in five right, the first
+    and the last perhaps cut off; of one or two words, both. All of it where there are none."""
     heard, said = words(text), words(spoken)
-    if not heard:
-        return False
     starts = range(len(said) - len(heard) + 1)
     if any(said[at : at + len(heard)] == heard for at in starts):
-        return True
-    if len(heard) < 3:
-        return False
+        return ""
     alike = difflib.SequenceMatcher(None, heard, said, autojunk=False).get_matching_blocks()
     found = [block for block in alike if block.size]
-    run = found[-1].b + found[-1].size - found[0].b if found else 0
-    return sum(block.size for block in found) >= 0.8 * len(heard) and run <= 1.5 * len(heard)
+    right = sum(block.size for block in found)
+    if right < 3:
+        return text
+    begin, end = found[0].a, found[-1].a + found[-1].size
+    first, last = found[0].b, found[-1].b + found[-1].size
+    if right < 0.8 * (end - begin) or last - first > 1.5 * (end - begin):
+        return text
+    if 0 < begin and 0 < first and said[first - 1].endswith(heard[begin - 1]):
+        begin -= 1
+    if end < len(heard) and last < len(said) and said[last].startswith(heard[end]):
+        end += 1
+    return " ".join(heard[:begin] + heard[end:])
 
 
 def is_finished(text: str, language: str | None = None) -> bool:
@@ -1859,7 +1872,7 @@ class Ledger:
     def heard(self, now: float) -> str:
         """The words that have been heard to their end: the beginning of `said`."""
         position = self.position(now) + 1e-6
-        if self.complete and position >= self.made - self.NEARLY:
+        if self.complete and self.made and position >= self.made - self.NEARLY:
             return self.said
         if not self._words:
             return self._share(position)
@@ -2093,7 +2106,7 @@ class TurnTaker:
         self._history = list(history)
         self._silence = settings.vad.silence_duration_ms / 1000
         self._max_silence = max(settings.vad.max_silence_ms / 1000, self._silence)
-        self._capture_seconds = settings.interrupt.capture_duration_ms / 1000
+        self._capture_seconds = min(settings.interrupt.capture_duration_ms / 1000, self._timing.paused)
 
         self._now = 0.0
         self._out: list[Action] = []
@@ -2223,19 +2236,20 @@ class TurnTaker:
                     return
                 self._type([text_block(event.text)])
             case InputContent():
-                if not event.content:
+                content = [block for block in event.content if block.get("type") != "text" or block["text"].strip()]
+                if not content:
                     self._refuse("the content is empty", "nothing_to_commit")
-                elif any(block.get("type") == "text" for block in event.content):
-                    self._type(event.content)
+                elif any(block.get("type") == "text" for block in content):
+                    self._type(content)
                 else:
-                    self._parts += event.content
+                    self._parts += content
 
     def _add_interruption(self, transcript: str) -> None:
-        """What the client says that the user says; we may have heard a part of it ourselves."""
-        if not transcript:
+        """What the client says that the user says; we may have heard more or less of it ourselves."""
+        own, told = words(self._words.fresh), words(transcript)
+        if own[: len(told)] == told:
             return
-        own = words(self._words.fresh)
-        if words(transcript)[: len(own)] == own:
+        if told[: len(own)] == own:
             self._words.take()
         self._add_part(transcript)
         self._words_at = self._now
@@ -2257,7 +2271,8 @@ class TurnTaker:
         if self._turn is None or self._turn.run.id != event.response_id:
             return
         turn, run, ledger = self._turn, self._turn.run, self._turn.run.ledger
-        run.alive = self._now
+        if not isinstance(event, Playback):
+            run.alive = self._now
         match event:
             case Playback():
                 ledger.report(self._now, event.played)
@@ -2300,7 +2315,8 @@ class TurnTaker:
 
     def _finalize(self) -> None:
         """All that was heard is wanted now."""
-        if not self._finalizing or (self._finalized is not None and self._finalized < self._voice_at):
+        heard_at = max(self._voice_at, self._words_at)
+        if not self._finalizing or (self._finalized is not None and self._finalized < heard_at):
             self._finalized, self._finalizing = self._now, True
             if not self._stt_turns:
                 self._do(FinalizeSTT())
@@ -2385,8 +2401,10 @@ class TurnTaker:
             self._refuse("nothing was said", "nothing_to_commit")
 
     def _is_own_echo(self, text: str) -> bool:
-        """The end of the answer, coming back when it is over."""
-        if self._now - self._tail_at > 3.0 or len(words(text)) < 3 or not is_echo(text, self._tail):
+        """The end of the answer, coming back when it is over. Who begins to speak later repeats it on purpose."""
+        if self._now - self._tail_at > 3.0 or self._voice_at > self._tail_at + self._timing.room:
+            return False
+        if len(words(text)) < 3 or not is_echo(text, self._tail):
             return False
         self._words.dismiss()
         return True
@@ -2526,9 +2544,10 @@ class TurnTaker:
 
     def _barge_in_by_hand(self, turn: _Turn, commit_by: float) -> bool:
         """Push-to-talk while the answer is being made or spoken."""
-        if self._words.fresh and turn.grace is not None and not turn.run.audible:
-            self._take_back(turn, self._words.fresh)
-        elif self._words.fresh:
+        said = self._pending()
+        if said and turn.grace is not None and not turn.run.audible:
+            self._take_back(turn, said)
+        elif said:
             self._interrupt(turn)
         elif self._finalizing and not self._reached(commit_by):
             return False
@@ -2610,7 +2629,7 @@ class TurnTaker:
         text = self._words.fresh
         spoken = self._spoken(turn, text)
         echo = is_echo(text, spoken)
-        if text and (self._commit_by is not None or self._is_stop(text, echo)):
+        if text and (self._commit_by is not None or self._is_stop(text, spoken)):
             self._interrupt(turn)
             return True
         if not self._reached(capture.until):
@@ -2636,9 +2655,10 @@ class TurnTaker:
         seconds = 3.0 + len(text) / Ledger.CHARACTERS_A_SECOND
         return turn.run.ledger.near(self._now, seconds) if turn.run.audible else ""
 
-    def _is_stop(self, text: str, echo: bool) -> bool:
+    def _is_stop(self, text: str, spoken: str) -> bool:
         """Our own "stop the car" is no stop word; "stop" is, whoever else says it."""
-        return is_stop(text, self._language) and not (echo and len(words(text)) > 2)
+        users = text if len(words(text)) < 3 else beside_echo(text, spoken)
+        return is_stop(users, self._language)
 
     def _ask_whether_meant(self, turn: _Turn, capture: _Capture, text: str, spoken: str, last: bool) -> bool:
         key, question = words(text), capture.question

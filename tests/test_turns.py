@@ -88,7 +88,7 @@ from live import (
     takes_time,
     words,
 )
-from providers import InvalidRequestError, ProviderError
+from providers import InvalidRequestError, ProviderError, parse_request
 from voice import Flushed, Transcript, TurnEagerEnd, TurnEnded, TurnResumed, TurnStarted, Word
 
 JSON = dict[str, Any]
@@ -227,8 +227,9 @@ class Room:
             case ReleaseRun():
                 run = self.runs[action.response_id]
                 run.held = False
-                for event in run.waiting:
-                    self.soon(run.reply.late if isinstance(event, (Timed, AudioMade, SpeechEnded)) else 0, event)
+                for number, event in enumerate(run.waiting, -len(run.waiting)):  # before what comes now
+                    late = run.reply.late if isinstance(event, (Timed, AudioMade, SpeechEnded)) else 0
+                    heapq.heappush(self.queue, (self.now + late, number, event))
             case ContinueRun():
                 self.step(action.response_id, is_last=not action.tools)
             case CancelRun():
@@ -295,6 +296,17 @@ class Room:
             self.feed(AudioSent(response_id, 0.125))
         if run.sent < run.made - 1e-6 and run.audio:
             self.soon(0.1, Pump(response_id))
+
+    def heard(self, action: Action) -> str:
+        """What of an answer has been heard when it ends so."""
+        match action:
+            case Interrupted():
+                return action.partial_text
+            case AudioDone():
+                run = self.runs[action.response_id]
+                return " ".join(step for step in run.reply.steps[: run.at_step] if isinstance(step, str))
+            case _:
+                return ""
 
     def told(self, *also: str) -> list[str]:
         """What was done, a line for each time; of some kinds only if they are asked for."""
@@ -396,16 +408,31 @@ class Rules:
 
     def __init__(self, turns: TurnTaker) -> None:
         self.turns = turns
+        self.now = 0.0
         self.turn: str | None = None
         self.run: str | None = None
         self.held: str | None = None
         self.grace = self.detecting = False
         self.audio = ""  # "", on, paused
         self.paused_at = 0.0
+        self.played = 0.0  # seconds that the audio of the run was on, and …
+        self.sent = 0.0  # … seconds of it that went out: what the user can have heard at most
+        self.said = ""  # by the run
+        self.broken_off = False  # the model wants to go on with its own message
         self.over: set[str] = set()
         self.committed: list[str] = []  # of turns that stay
+        self.ended: list[str] = []  # turns
+        self.unmeasured: str | None = None  # a turn that has just ended
 
     def check(self, now: float, event: Event, actions: list[Action]) -> None:
+        self.played += now - self.now if self.audio == "on" else 0.0
+        self.now = now
+        if isinstance(event, Said) and event.response_id == self.run:
+            self.said += event.text
+        if isinstance(event, AudioSent) and event.response_id == self.run:
+            self.sent += event.seconds
+        if isinstance(event, StepEnded):
+            self.broken_off = event.stop_reason == "pause_turn"
         for action in actions:
             self.follow(now, action)
         assert self.turns.deadline is None or self.turns.deadline > now
@@ -414,12 +441,19 @@ class Rules:
         assert (self.turns.state is State.INTERRUPT_CAPTURING) == self.detecting
         assert self.turns.state is not State.GRACE or self.grace
         assert self.turns.state is not State.SPEAKING or self.audio == "on"
+        assert self.turns.state in (State.SPEAKING, State.PROCESSING) or self.audio != "on"
+        assert self.unmeasured is None, "a turn without metrics"
         valid(self.turns.messages, is_open=self.turn is not None)
 
     def follow(self, now: float, action: Action) -> None:
+        if not isinstance(action, (Interrupted, TurnFailed)):
+            assert getattr(action, "response_id", None) not in self.over, "of an answer that is over"
         match action:
+            case StateChanged():
+                assert action.state is not State.PROCESSING or not self.grace or self.sent > 0
             case Committed():
                 assert self.turn is None, "two turns at once"
+                assert action.turn_id not in self.ended
                 self.turn = action.turn_id
                 self.committed.append(action.transcript)
             case StartRun(held=True):
@@ -429,23 +463,22 @@ class Rules:
                 valid(action.messages, asks=True)
             case StartRun():
                 assert self.turn is not None
-                assert self.run is None
                 assert self.held is None
-                self.run = action.response_id
+                self.begin(action.response_id)
                 valid(action.messages, asks=True)
             case ReleaseRun():
                 assert self.turn is not None
-                assert self.run is None
                 assert self.held == action.response_id
-                self.run, self.held = self.held, None
+                self.begin(action.response_id)
+                self.held = None
             case ContinueRun():
                 assert self.run == action.response_id
-                valid(action.messages, asks=True)
+                valid(action.messages, asks=not self.broken_off)
             case CallTool():
                 assert self.run == action.response_id
             case CancelRun():
                 assert action.response_id in (self.run, self.held)
-                assert self.audio == "", "audio that was not flushed"
+                assert self.audio == "" or self.held == action.response_id, "audio that was not flushed"
                 self.over.add(action.response_id)
                 if self.held == action.response_id:
                     self.held = None
@@ -460,14 +493,17 @@ class Rules:
                 assert self.audio == "on"
                 assert self.detecting
                 self.audio, self.paused_at = "paused", now
+                self.heard(action.position)
             case ResumeAudio():
                 assert self.run == action.response_id
                 assert self.audio == "paused"
                 self.audio = "on"
+                self.heard(action.position)
             case FlushAudio():
                 assert self.run == action.response_id
                 assert self.audio
                 self.audio = ""
+                self.heard(action.position)
             case GraceStarted():
                 assert not self.grace
                 assert self.turn is not None
@@ -477,10 +513,12 @@ class Rules:
                 self.grace = False
             case GraceExtended():
                 assert self.grace
+                assert self.run is None
                 assert self.audio == ""
                 self.grace = False
                 self.committed.pop()
                 self.end(action.turn_id)
+                self.unmeasured = None
             case InterruptDetecting():
                 assert not self.detecting
                 assert self.turn is not None
@@ -494,16 +532,35 @@ class Rules:
                 assert self.run == action.response_id
                 assert self.audio != "paused"
                 assert not self.detecting
+                self.heard(action.duration)
                 self.over.add(action.response_id)
                 self.audio, self.run = "", None
                 self.end_turn()
-            case Interrupted() | TurnFailed():
+            case Interrupted():
+                assert self.run is None
+                assert self.audio == ""
+                self.detecting = False
+                self.heard(action.position)
+                assert self.said.strip().startswith(action.partial_text)
+                assert action.position > 0 or not action.partial_text
+                self.end(action.turn_id)
+            case TurnFailed():
                 assert self.run is None
                 assert self.audio == ""
                 self.detecting = False
                 self.end(action.turn_id)
+            case TurnMetrics():
+                assert self.unmeasured == action.turn_id
+                self.unmeasured = None
             case _:
                 pass
+
+    def begin(self, response_id: str) -> None:
+        assert self.run is None, "two answers at once"
+        self.run, self.audio, self.said, self.played, self.sent = response_id, "", "", 0.0, 0.0
+
+    def heard(self, position: float) -> None:
+        assert 0 <= position <= min(self.played, self.sent) + 1e-6, "more was heard than there was to hear"
 
     def end(self, turn_id: str) -> None:
         assert self.turn == turn_id
@@ -512,7 +569,8 @@ class Rules:
     def end_turn(self) -> None:
         assert self.turn is not None
         assert not self.grace
-        self.turn = None
+        self.ended.append(self.turn)
+        self.unmeasured, self.turn = self.turn, None
 
 
 def valid(messages: list[JSON], *, is_open: bool = False, asks: bool = False) -> None:
@@ -2574,43 +2632,15 @@ def test_what_was_said_before_the_session_is_history() -> None:
 
 # == Any order =========================================================================================================
 
-HEARD = ["word", "word", "okay", "stop", "um", "word and", "one two three"]
+HEARD = ["word", "word", "okay", "stop", "um", "word and", "one two three", "no problem", "555 word"]
+DELAYS = [*(0.0, 0.0, 0.0, 0.05, 0.05, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.0, 2.0, 2.5, 6.0), 40.0]
 OPERATIONS = [
-    "utterance",
-    "utterance",
-    "answer",
-    "answer",
-    "speech",
-    "silence",
-    "interim",
-    "final",
-    "flushed",
-    "turn start",
-    "eager end",
-    "resume",
-    "turn end",
-    "yes",
-    "no",
-    "dunno",
-    "commit",
-    "interrupt",
-    "text",
-    "image",
-    "playback",
-    "token",
-    "step",
-    "tools",
-    "failed",
-    "returned",
-    "said",
-    "timed",
-    "made",
-    "sent",
-    "spoken",
-    "speech failed",
-    "frame",
-    "ear failed",
-    "tick",
+    *("utterance", "utterance", "question", "question", "question", "answer", "answer", "answer", "answer"),
+    *("barge-in", "barge-in", "barge-in", "speech", "silence", "silence", "interim", "interim", "final", "flushed"),
+    *("turn start", "eager end", "resume", "turn end", "yes", "no", "dunno"),
+    *("commit", "interrupt", "interrupt with words", "text", "image", "image with text", "playback"),
+    *("token", "step", "tools", "two tools", "pause_turn", "failed", "returned", "tool failed", "said", "timed"),
+    *("made", "sent", "sent", "spoken", "speech failed", "frame", "frame", "ear failed", "tick", "eternity"),
 ]
 
 
@@ -2626,11 +2656,13 @@ class Chaos:
         self.runs = ["resp_0"]
         self.calls = ["toolu_0"]
         self.questions = [0]
-        self.finals: list[str] = []
+        self.said: list[str] = []
         self.dismissed = ""
 
     def feed(self, *events: Event) -> None:
         for event in events:
+            if isinstance(event, AudioSent) and (event.response_id, "on") != (self.rules.run, self.rules.audio):
+                continue
             actions = self.turns.handle(self.now, event)
             self.rules.check(self.now, event, actions)
             for action in actions:
@@ -2652,25 +2684,46 @@ class Chaos:
         self.now = until
 
     def say(self, kind: str) -> None:
-        word = kind.replace("word", f"w{next(self.numbers)}")
-        self.utterance = f"{self.utterance} {word}"
+        self.utterance += f" {kind.replace('word', self.word()) if 'word' in kind else kind}"
+
+    def word(self) -> str:
+        """One that nobody has said before."""
+        self.said.append(f"w{next(self.numbers)}")
+        return self.said[-1]
 
     def end_utterance(self) -> list[Event]:
         final, self.utterance = self.utterance, ""
-        self.finals.append(final)
         return [Transcript(final, True)] if final else []
 
+    def tools(self, count: int) -> list[JSON]:
+        ids = [f"toolu_{next(self.numbers)}" for _ in range(count)]
+        names = itertools.cycle("ab")
+        return [{"type": "tool_use", "id": use, "name": name, "input": {}} for use, name in zip(ids, names, strict=False)]
+
     def act(self, operation: str, which: int, kind: str) -> None:
-        run = self.runs[-1 - which % min(2, len(self.runs))]
+        current = self.rules.run or self.rules.held or self.runs[-1]
+        run = current if which > 1 else self.runs[-1 - which % len(self.runs)]
         error = ProviderError("broken", provider="openai")
+        text = block("one two three four")
         match operation:
             case "utterance":
                 self.say(kind)
                 self.feed(SpeechStarted(0.06), Transcript(self.utterance, False), SpeechStopped(0.3))
                 self.feed(*self.end_utterance(), Flushed())
+            case "question":
+                self.act("utterance", which, kind)
+                self.wait(0.7)
+                self.act("yes", 0, kind)
+                self.act("commit", which, kind) if which % 3 else self.wait(3)
             case "answer":
-                self.feed(FirstToken(run), Said(run, "one two three four "), AudioMade(run, 1), AudioSent(run, 1))
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two three four"}]), SpeechEnded(run))
+                self.feed(FirstToken(run), Said(run, "one two three four "), AudioMade(run, 2), AudioSent(run, 1))
+                self.feed(Timed(run, tuple(Word(word, n / 2, n / 2 + 0.4) for n, word in enumerate(text["text"].split()))))
+                self.feed(AudioSent(run, 1), StepEnded(run, [text]), SpeechEnded(run))
+            case "barge-in":
+                self.feed(SpeechStarted(0.06))
+                self.wait(0.2)
+                self.say(kind)
+                self.feed(Transcript(self.utterance, False))
             case "speech":
                 self.feed(SpeechStarted(0.06))
             case "silence":
@@ -2689,8 +2742,8 @@ class Chaos:
             case "resume":
                 self.feed(TurnResumed())
             case "turn end":
-                text = self.utterance
-                self.feed(*self.end_utterance(), TurnEnded(text))
+                final = self.utterance
+                self.feed(*self.end_utterance(), TurnEnded(final))
             case "yes" | "no" | "dunno":
                 answer = {"yes": True, "no": False, "dunno": None}[operation]
                 question = self.questions[-1 - which % len(self.questions)]
@@ -2699,23 +2752,31 @@ class Chaos:
                 self.feed(InputCommit())
             case "interrupt":
                 self.feed(InputInterrupt())
+            case "interrupt with words":
+                self.feed(InputInterrupt(self.word()))
             case "text":
-                self.feed(InputText(f"w{next(self.numbers)}"))
+                self.feed(InputText(self.word()))
             case "image":
                 self.feed(InputContent([IMAGE]))
+            case "image with text":
+                self.feed(InputContent([IMAGE, {"type": "text", "text": self.word()}]))
             case "playback":
                 self.feed(Playback(run, which / 4))
             case "token":
                 self.feed(FirstToken(run))
             case "step":
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two three four"}]))
+                self.feed(StepEnded(run, [text]))
             case "tools":
-                use = {"type": "tool_use", "id": f"toolu_{next(self.numbers)}", "name": "a", "input": {}}
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two"}, use]))
+                self.feed(StepEnded(run, [text, *self.tools(1)], "tool_use"))
+            case "two tools":
+                self.feed(StepEnded(run, [THINKING, *self.tools(2)], "tool_use"))
+            case "pause_turn":
+                self.feed(StepEnded(run, [text], "pause_turn"))
             case "failed":
                 self.feed(RunFailed(run, error))
-            case "returned":
-                self.feed(ToolReturned(self.calls[-1], "result"))
+            case "returned" | "tool failed":
+                call = self.calls[-1 - which % min(3, len(self.calls))]
+                self.feed(ToolReturned(call, "result", operation == "tool failed"))
             case "said":
                 self.feed(Said(run, "one two three four "))
             case "timed":
@@ -2731,61 +2792,208 @@ class Chaos:
             case "frame":
                 self.feed(AudioReceived())
             case "ear failed":
-                self.feed(STTFailed(error))
+                self.feed(*self.end_utterance(), STTFailed(error))
+            case "eternity":
+                self.wait(1000)
             case _:
                 self.feed(Tick())
+
+    def rest(self) -> None:
+        """The user falls silent, and nothing more comes: no answer that was begun gets anywhere."""
+        self.feed(SpeechStopped(), *self.end_utterance(), Flushed())
+        self.wait(3600)
+        assert self.turns.state is State.LISTENING, "stuck"
+        self.feed(InputCommit())  # of what was said where nobody but the user ends a turn
+        self.wait(3600)
+        assert self.turns.state is State.LISTENING, "stuck"
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "input": st.fixed_dictionaries({"turn_detection": st.sampled_from(["auto", "vad", "manual"])}),
+        "grace_period": st.fixed_dictionaries(
+            {"enabled": st.booleans(), "duration_ms": st.sampled_from([0, 300, 5000, 5000, 60_000])}
+        ),
+        "interrupt": st.fixed_dictionaries(
+            {
+                "mode": st.sampled_from(["auto", "auto", "always", "never"]),
+                "save_partial": st.sampled_from(["none", "marked", "full"]),
+                "semantic_check": st.sampled_from([True, True, False]),
+                "capture_duration_ms": st.sampled_from([0, 600, 600, 10_000]),
+            }
+        ),
+        "vad": st.fixed_dictionaries(
+            {
+                "semantic_check": st.sampled_from([True, True, False]),
+                "silence_duration_ms": st.sampled_from([0, 600, 600, 600, 10_000]),
+                "max_silence_ms": st.sampled_from([0, 3000, 3000]),
+                "min_words_for_check": st.sampled_from([0, 1, 3]),
+            }
+        ),
+    }
+)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     script=st.lists(
         st.tuples(
-            st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.7, 2.0, 6.0]),
-            st.sampled_from(OPERATIONS),
-            st.integers(0, 12),
-            st.sampled_from(HEARD),
+            st.sampled_from(DELAYS), st.sampled_from(OPERATIONS), st.integers(0, 12), st.sampled_from(HEARD)
         ),
+        min_size=12,
         max_size=60,
     ),
-    detection=st.sampled_from(["auto", "vad", "manual"]),
+    config=SETTINGS,
     stt_turns=st.booleans(),
-    mode=st.sampled_from(["auto", "always", "never"]),
-    grace=st.booleans(),
-    save_partial=st.sampled_from(["none", "marked", "full"]),
-    semantic_check=st.booleans(),
+    side_effects=st.sampled_from(["", "a", "ab"]),
 )
 def test_any_order_of_events_keeps_the_rules(
-    script: list[tuple[float, str, int, str]],
-    detection: str,
-    stt_turns: bool,
-    mode: str,
-    grace: bool,
-    save_partial: str,
-    semantic_check: bool,
+    script: list[tuple[float, str, int, str]], config: JSON, stt_turns: bool, side_effects: str
 ) -> None:
-    """Whatever comes when: the rules hold, no state is stuck, and each word is in one turn at most."""
-    config = {
-        "input": {"turn_detection": detection},
-        "grace_period": {"enabled": grace},
-        "interrupt": {"mode": mode, "save_partial": save_partial, "semantic_check": semantic_check},
-        "vad": {"semantic_check": semantic_check},
-    }
-    turns = TurnTaker(LiveVoice.model_validate(config), stt_turns=stt_turns, side_effects={"a"})
+    """Whatever comes when: the rules hold, no state is stuck, and each word is in exactly one turn."""
+    turns = TurnTaker(LiveVoice.model_validate(config), stt_turns=stt_turns, side_effects=side_effects)
     chaos = Chaos(turns)
     for delay, operation, which, kind in script:
         chaos.wait(delay)
         chaos.act(operation, which, kind)
-    chaos.feed(SpeechStopped(), *chaos.end_utterance(), Flushed())
-    for _ in range(8):  # every answer that is still begun gets nowhere
-        chaos.wait(200)
-    assert turns.state is State.LISTENING
-    assert not chaos.rules.detecting
-    kept = " ".join(brief(turns.messages)).replace("|", " ").split()
-    numbered = [word for word in kept if word.startswith("w") and word[1:].isdigit()]
-    assert len(numbered) == len(set(numbered)), "a word in two turns"
-    if detection != "manual":
-        said = {word for final in chaos.finals for word in final.split() if word.startswith("w")}
-        assert said <= {*numbered, *chaos.dismissed.split()}, "a word was lost"
+    chaos.rest()
+    asked = words_of("user", turns.messages)
+    assert asked == [word for text in chaos.rules.committed for word in words(text)], "history is not what was committed"
+    assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
+    assert {*chaos.said} <= {*asked, *words(chaos.dismissed)}, "a word was lost"
+    parse_request({"model": "openai/any", "messages": [*turns.messages, {"role": "user", "content": "."}]})
+
+
+def words_of(role: str, messages: list[JSON]) -> list[str]:
+    """All that the user or the assistant says in a history."""
+    contents = [message["content"] for message in messages if message["role"] == role]
+    blocks = [[block(content)] if isinstance(content, str) else content for content in contents]
+    texts = [one["text"].removesuffix("[interrupted]") for one in itertools.chain(*blocks) if one["type"] == "text"]
+    return [word for text in texts for word in words(text)]
+
+
+def numbered(said: list[str]) -> list[str]:
+    return [word for word in said if word[0] == "w" and word[1:].isdigit()]
+
+
+class Talk(Room):
+    """A room whose speech service says again what is not final yet, with what is new."""
+
+    def perform(self, action: Action) -> None:
+        if isinstance(action, FinalizeSTT):
+            self.soon(self.stt or 0.0, Flushed())
+        else:
+            super().perform(action)
+
+    def feed(self, event: Event) -> None:
+        match event:
+            case Transcript(text, False):
+                event = Transcript(f"{self.interim} {text}".strip(), False)
+            case Transcript(text, True):
+                event = Transcript(self.interim, True)
+            case Flushed() if self.interim:
+                super().feed(Transcript(self.interim, True))
+            case _:
+                pass
+        super().feed(event)
+
+
+class Fickle(dict[str, bool | None]):
+    """A fast model that answers this and that, whatever it is asked."""
+
+    def __init__(self, answers: Sequence[bool | None]) -> None:
+        super().__init__()
+        self.answers = itertools.cycle(answers)
+
+    def get(self, asked: str, default: object = None) -> bool | None:  # type: ignore[override]
+        return next(self.answers)
+
+
+LONG = Reply(["Let me look.", Tool("a", takes=2), *STORY.steps, Tool("b", takes=None), "Nothing."])
+REPLIES = [
+    *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7)),
+    *(Reply(["Wait.", Tool("a"), Tool("b"), "So?"]), Reply(STORY.steps, timed=False), Reply(fails=True, first=1)),
+]
+DEEDS = ["says", "says", "says", "says", "says", "noise", "text", "interrupt", "commit", "image", "report", "fail"]
+REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "Okay.", "Yeah, yeah.", "Stop.", "No, {}.", "Um", "upon a time there"]
+
+
+def spoken_script(deeds: list[tuple[float, str, str, float]], stt_turns: bool) -> tuple[Script, list[str]]:
+    """What a user does one after the other, and the words that are there only once."""
+    script: Script = []
+    at, numbers, said = 0.5, itertools.count(1), []
+    for gap, deed, remark, length in deeds:
+        at += gap
+        text = remark.format(f"w{next(numbers)}")
+        if deed in ("says", "text"):
+            said += numbered(words(text))
+        match deed:
+            case "says":
+                script += streamed(at, text, at + length) if stt_turns else says(at, text, at + length)
+            case "noise":
+                script += noise(at, at + length)
+            case "text":
+                script.append((at, InputText(text)))
+            case "interrupt":
+                script.append((at, InputInterrupt()))
+            case "commit":
+                script.append((at, InputCommit()))
+            case "image":
+                script.append((at, InputContent([IMAGE])))
+            case "report":
+                script.append((at, Playback("", length)))
+            case _:
+                script.append((at, SpeechFailed("", GONE)))
+        at += length
+    return [*script, (at + 900, InputCommit())], said
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    deeds=st.lists(
+        st.tuples(
+            st.sampled_from([0.05, 0.2, 0.45, 0.7, 1.1, 1.6, 2.5, 5.2, 9.0]),
+            st.sampled_from(DEEDS),
+            st.sampled_from(REMARKS),
+            st.sampled_from([0.15, 0.4, 0.8, 1.5, 4.0]),
+        ),
+        min_size=6,
+        max_size=16,
+    ),
+    replies=st.lists(st.sampled_from(REPLIES), min_size=1, max_size=6),
+    checks=st.lists(st.sampled_from([True, True, False, None]), min_size=1, max_size=5),
+    delay=st.sampled_from([0.05, 0.1, 0.35, 1.0, None]),
+    stt=st.sampled_from([0.05, 0.1, 0.3, 0.9]),
+    config=SETTINGS,
+    stt_turns=st.booleans(),
+    side_effects=st.sampled_from(["", "a", "ab"]),
+)
+def test_any_conversation_keeps_the_rules(
+    deeds: list[tuple[float, str, str, float]],
+    replies: list[Reply],
+    checks: list[bool | None],
+    delay: float | None,
+    stt: float,
+    config: JSON,
+    stt_turns: bool,
+    side_effects: str,
+) -> None:
+    """Where the services do what they should, however slowly: every word that was said is in one turn or was told to be
+    dismissed, and of each answer history holds what was heard."""
+    options = {"stt_turns": stt_turns, "side_effects": side_effects}
+    fickle = Fickle(checks)
+    room = Talk([*replies, *replies], fickle, fickle, delay, stt, config, options)
+    script, said = spoken_script(deeds, stt_turns)
+    room.play(script, until=script[-1][0] + 900)
+    assert room.turns.state is State.LISTENING, "stuck"
+    asked = words_of("user", room.turns.messages)
+    assert asked == [word for text in room.rules.committed for word in words(text)], "history is not what was committed"
+    assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
+    dismissed = [word for _, one in room.log if isinstance(one, InterruptDismissed) for word in words(one.transcript)]
+    assert {*said} <= {*asked, *dismissed}, "a word was lost"
+    heard = [word for _, one in room.log for word in words(room.heard(one))]
+    if config["interrupt"]["save_partial"] != "none" and not any(isinstance(one, TurnFailed) for _, one in room.log):
+        assert words_of("assistant", room.turns.messages) == heard, "history is not what was heard"
 
 
 # == Heard text ========================================================================================================
