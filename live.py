@@ -317,6 +317,7 @@ class Timing:
     sustained: float = 0.2  # speech that is no click or cough
     yielding: float = 1.0  # no answer to an interruption: go on when silent by then, else yield
     paused: float = 2.5  # audio never stays paused longer without words
+    overlap: float = 1.0  # the reply to a question may begin so long before the end of it
     hold: float = 1.0  # an answer does not begin over speech that began less long ago
     muted: float = 2.0  # no audio comes in: the microphone is off
     room: float = 0.3  # an answer comes back as an echo within that
@@ -1657,6 +1658,11 @@ def _consists(said: Sequence[str], table: frozenset[tuple[str, ...]], most: int)
     return 0 < len(phrases) <= most
 
 
+def _unquoted(text: str) -> str:
+    """A text that ends in its last mark."""
+    return text.rstrip().rstrip("\"'”’»)")
+
+
 def is_filler(text: str, language: str | None = None) -> bool:
     """Nothing but "um"."""
     return _consists(words(text), _table(_FILLERS, language), 100)
@@ -1712,7 +1718,7 @@ def beside_echo(text: str, spoken: str) -> str:
 
 def is_finished(text: str, language: str | None = None) -> bool:
     """Whether it sounds complete, as far as the last words tell: the answer where no model gives one."""
-    text, said = text.rstrip().rstrip("\"'”’»)"), words(text)
+    text, said = _unquoted(text), words(text)
     if not said or is_filler(text, language) or text.endswith(_UNFINISHED_MARKS):
         return False
     if text.endswith(_QUESTION_MARKS):
@@ -1725,7 +1731,7 @@ def is_finished(text: str, language: str | None = None) -> bool:
 def takes_time(text: str, language: str | None = None) -> bool:
     """Whether a pause is to be expected here: digits, spelling, a trailing "and …"."""
     said = words(text)
-    if text.rstrip().endswith(_QUESTION_MARKS) or not said:
+    if _unquoted(text).endswith(_QUESTION_MARKS) or not said:
         return False
     letters = [word for word in said[-3:] if len(word) == 1 and not voice._UNSPACED.match(word)]
     spelled = [word for word in letters if word not in "aiyoeéàuè"]
@@ -2346,8 +2352,7 @@ class TurnTaker:
         """No audio comes any more, in the middle of a turn."""
         if self._audio_at is None or self._detection == "manual":
             return False
-        said = self._pending() if self._turn is None and self._commit_by is None else ""
-        is_open = said != "" and not is_filler(said, self._language)
+        is_open = self._turn is None and self._commit_by is None and self._has_said_something()
         if not (self._voice or is_open) or not self._reached(self._audio_at + self._timing.muted):
             return False
         self._fall_silent(self._audio_at)
@@ -2371,7 +2376,7 @@ class TurnTaker:
             self._drop_held()
         if self._commit_by is not None:
             return self._commit_when_complete(text, self._commit_by)
-        if not text or is_filler(text, self._language) or self._is_own_echo(text):
+        if not self._has_said_something() or self._is_own_echo(text):
             self._began = None
             return False
         if self._detection == "manual":
@@ -2457,7 +2462,7 @@ class TurnTaker:
     def _silence_before_check(self, text: str) -> float:
         if takes_time(text, self._language):
             return min(self._silence * self._timing.late, self._max_silence)
-        ended = text.rstrip().rstrip("\"'”’»)")[-1:]
+        ended = _unquoted(text)[-1:]
         return 0.0 if ended and ended in self._settings.vad.punctuation_trigger else self._silence
 
     def _answer(self, turn: _Turn) -> bool:
@@ -2681,6 +2686,13 @@ class TurnTaker:
             return self._dismiss(turn, text, "unclear")
         return False
 
+    def _has_asked(self, turn: _Turn) -> bool:
+        """The answer is a question and all but over: "yes" is a reply to it."""
+        ledger = turn.run.ledger
+        left = ledger.made - ledger.position(self._now)
+        is_question = _unquoted(ledger.said).endswith(_QUESTION_MARKS)
+        return turn.run.over and ledger.complete and is_question and left <= self._timing.overlap
+
     def _tell_captured(self, capture: _Capture, text: str) -> None:
         if text and not capture.told:
             capture.told = True
@@ -2689,7 +2701,7 @@ class TurnTaker:
     def _dismiss(self, turn: _Turn, text: str, reason: str) -> bool:
         """It was nothing: the answer goes on where it stopped."""
         self._do(InterruptDismissed(text, reason))
-        if reason == "unclear":
+        if reason == "unclear" or (reason == "backchannel" and self._has_asked(turn)):
             self._add_part(self._words.take())  # perhaps it was meant after all: to be answered when this is over
         else:
             self._words.dismiss()
@@ -2743,7 +2755,7 @@ class TurnTaker:
 
     def _commit_soon(self, *, forced: bool, patience: float) -> None:
         """Whatever it says, as soon as the last words of it are there."""
-        if self._commit_by is None and (self._pending() or not forced):
+        if self._commit_by is None and (self._has_said_something() or not forced):
             self._commit_by, self._forced = self._now + patience, forced
 
     def _type(self, blocks: list[JSON]) -> None:
@@ -2872,7 +2884,8 @@ class TurnTaker:
     def _forget_murmur(self, turn: _Turn) -> None:
         """What was said along with the answer and is no turn of its own."""
         text = self._words.text
-        if text and (is_backchannel(text, self._language) or is_echo(text, turn.run.ledger.said)):
+        is_reply = self._has_asked(turn) and self._now - self._words_at <= self._timing.overlap
+        if is_echo(text, turn.run.ledger.said) or (is_backchannel(text, self._language) and not is_reply):
             self._words.dismiss()
 
     # -- Small things --
@@ -2880,6 +2893,11 @@ class TurnTaker:
     def _pending(self) -> str:
         """The words of the turn that is being spoken."""
         return _transcript([*(part for part in self._parts if isinstance(part, str)), self._words.fresh])
+
+    def _has_said_something(self) -> bool:
+        """Whether a turn has begun: "um" is none."""
+        text = self._pending()
+        return text != "" and not is_filler(text, self._language)
 
     def _key(self) -> object:
         """What is about to be committed; a full stop more or less makes no difference."""

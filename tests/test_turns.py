@@ -1332,6 +1332,43 @@ case(
     config={"input": {"turn_detection": "manual"}},
 )
 case(
+    "released while words wait that were perhaps meant, it interrupts with them",
+    [*ASK, *says(3, "What about Rome?", 3.5), (5, InputCommit())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.6 meant? What about Rome?
+    3.9 dismiss unclear What about Rome? · resume 1.50
+    5 flush 2.60 · cancel · interrupt Once upon a time there was a king who had < What about Rome?
+    5.1 commit What about Rome?
+    5.5 audio
+    6.75 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had [interrupted]
+    user: What about Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    interrupts={"What about Rome?": None},
+)
+case(
+    "released without a sign from the detector, it asks for the words again",
+    [*noise(0, 0.5), (2, Transcript("Hello", False)), (2.5, InputCommit())],
+    """
+    0.8 finalize
+    2.5 finalize
+    2.9 commit Hello
+    3.3 audio
+    4.55 done 1.25
+    user: Hello
+    assistant: It is noon in Paris.
+    """,
+    show="finalize",
+    config={"input": {"turn_detection": "manual"}},
+    stt=None,
+)
+case(
     "in automatic mode it ends the turn at once",
     [*says(0, "I want to", 1)[:2], (1.1, InputCommit())],
     """
@@ -2021,6 +2058,24 @@ case(
     replies=[STORY],
 )
 case(
+    "by the client, with words of which we have heard more",
+    [*ASK, (3, Transcript("And in Rome please", False)), (3.1, InputInterrupt("And in Rome"))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 detect · pause 1.30
+    3.1 flush 1.30 · cancel · interrupt Once upon a time there < And in Rome please
+    3.7 commit And in Rome please
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome please
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
     "by the client when nothing is being said",
     [(1, InputInterrupt())],
     """
@@ -2102,6 +2157,106 @@ case(
     assistant: Once upon a time there was a king who had three sons and one day he called them.
     """,
     replies=[STORY],
+)
+case(
+    "who repeats its last words after the end means them",
+    ASK + says(3.5, "noon in Paris", 4.3),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.95 done 1.25
+    5 commit noon in Paris
+    5.3 audio
+    6.55 done 1.25
+    user: What time is it?
+    assistant: It is noon in Paris.
+    user: noon in Paris
+    assistant: It is noon in Paris.
+    """,
+)
+case(
+    "stop over an echo is heard",
+    ASK + says(2.6, "upon a time there stop", 3.6),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.6 flush 1.10 · cancel · interrupt Once upon a time < upon a time there stop
+    4.3 commit upon a time there stop
+    4.6 audio
+    5.85 done 1.25
+    user: What time is it?
+    assistant: Once upon a time [interrupted]
+    user: upon a time there stop
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
+    "yes before the end of a question is a reply to it",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.2 dismiss backchannel Yes. · resume 1.10
+    3.6 done 1.5
+    3.7 commit Yes.
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Shall I book that one now?
+    user: Yes.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(["Shall I book that one now?"])],
+)
+case(
+    "in the middle of it it is none",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.2 dismiss backchannel Yes. · resume 1.10
+    5.35 done 3.25
+    user: What time is it?
+    assistant: There is one at noon. Shall I book that one for you now?
+    """,
+    replies=[Reply(["There is one at noon. Shall I book that one for you now?"])],
+)
+case(
+    "never: yes at the end of a question is a reply to it, too",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 done 1.5
+    3.3 commit Yes.
+    3.6 audio
+    4.85 done 1.25
+    user: What time is it?
+    assistant: Shall I book that one now?
+    user: Yes.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(["Shall I book that one now?"])],
+    config={"interrupt": {"mode": "never"}},
+)
+case(
+    "however long the capture, audio does not stay paused",
+    ASK + noise(3, 8),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    5.7 dismiss no_speech · resume 1.50
+    8.7 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+    config={"interrupt": {"capture_duration_ms": 10_000}},
 )
 # -- Playback --
 
@@ -2507,6 +2662,43 @@ case(
     options={"timing": Timing(stall=10)},
 )
 case(
+    "reports of a client do not keep alive what never goes on",
+    [*ASK, *[(2 + n, Playback("", 0.0)) for n in range(30)]],
+    """
+    1.4 commit What time is it?
+    11.4 cancel · fail the answer does not go on
+    user: What time is it?
+    """,
+    replies=[Reply(first=50)],
+    options={"timing": Timing(stall=10)},
+)
+case(
+    "words of which no audio came were not heard",
+    [*ASK, (1.71, SpeechEnded("")), (1.9, InputInterrupt())],
+    """
+    1.4 commit What time is it?
+    1.65 call a
+    1.9 cancel · interrupt - < -
+    10.65 refuse unknown_tool_call
+    user: What time is it?
+    assistant: !a
+    user: =cancelled: the turn ended before it was done
+    """,
+    replies=[Reply(["One.", Tool("a", takes=9), "Two."], late=5)],
+)
+case(
+    "the ear fails after um: that is no turn",
+    [(0.5, Transcript("Um", False)), (1, STTFailed(GONE)), (1.2, InputCommit())],
+    """
+    1 refuse None
+    1.3 commit Um
+    1.7 audio
+    2.95 done 1.25
+    user: Um
+    assistant: It is noon in Paris.
+    """,
+)
+case(
     "late events of an answer that is over mean nothing",
     [
         *ASK,
@@ -2549,6 +2741,22 @@ case(
     "an image waits for the words that belong to it",
     [(0.2, InputContent([IMAGE])), *says(1, "What is this?", 2)],
     """
+    2.4 commit What is this?
+    2.7 audio
+    3.95 done 1.25
+    user: #image | What is this?
+    assistant: It is noon in Paris.
+    """,
+)
+case(
+    "blank text is no text",
+    [
+        (0.2, InputContent([IMAGE, {"type": "text", "text": " "}])),
+        (0.3, InputContent([{"type": "text", "text": ""}])),
+        *says(1, "What is this?", 2),
+    ],
+    """
+    0.3 refuse nothing_to_commit
     2.4 commit What is this?
     2.7 audio
     3.95 done 1.25
