@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from textwrap import dedent
@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import live
 from live import (
     Action,
     AudioDone,
@@ -80,8 +81,10 @@ from live import (
     TurnTaker,
     UserWords,
     answer_messages,
+    beside_echo,
     is_backchannel,
     is_echo,
+    is_filler,
     is_finished,
     is_stop,
     read_config,
@@ -2905,8 +2908,7 @@ class Chaos:
 
     def tools(self, count: int) -> list[JSON]:
         ids = [f"toolu_{next(self.numbers)}" for _ in range(count)]
-        names = itertools.cycle("ab")
-        return [{"type": "tool_use", "id": use, "name": name, "input": {}} for use, name in zip(ids, names, strict=False)]
+        return [{"type": "tool_use", "id": use, "name": "ab"[n], "input": {}} for n, use in enumerate(ids)]
 
     def act(self, operation: str, which: int, kind: str) -> None:
         current = self.rules.run or self.rules.held or self.runs[-1]
@@ -2925,8 +2927,8 @@ class Chaos:
                 self.act("commit", which, kind) if which % 3 else self.wait(3)
             case "answer":
                 self.feed(FirstToken(run), Said(run, "one two three four "), AudioMade(run, 2), AudioSent(run, 1))
-                self.feed(Timed(run, tuple(Word(word, n / 2, n / 2 + 0.4) for n, word in enumerate(text["text"].split()))))
-                self.feed(AudioSent(run, 1), StepEnded(run, [text]), SpeechEnded(run))
+                times = tuple(Word(word, n / 2, n / 2 + 0.4) for n, word in enumerate(text["text"].split()))
+                self.feed(Timed(run, times), AudioSent(run, 1), StepEnded(run, [text]), SpeechEnded(run))
             case "barge-in":
                 self.feed(SpeechStarted(0.06))
                 self.wait(0.2)
@@ -3045,9 +3047,7 @@ SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     script=st.lists(
-        st.tuples(
-            st.sampled_from(DELAYS), st.sampled_from(OPERATIONS), st.integers(0, 12), st.sampled_from(HEARD)
-        ),
+        st.tuples(st.sampled_from(DELAYS), st.sampled_from(OPERATIONS), st.integers(0, 12), st.sampled_from(HEARD)),
         min_size=12,
         max_size=60,
     ),
@@ -3066,7 +3066,7 @@ def test_any_order_of_events_keeps_the_rules(
         chaos.act(operation, which, kind)
     chaos.rest()
     asked = words_of("user", turns.messages)
-    assert asked == [word for text in chaos.rules.committed for word in words(text)], "history is not what was committed"
+    assert asked == words(" ".join(chaos.rules.committed)), "history is not what was committed"
     assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
     assert {*chaos.said} <= {*asked, *words(chaos.dismissed)}, "a word was lost"
     parse_request({"model": "openai/any", "messages": [*turns.messages, {"role": "user", "content": "."}]})
@@ -3119,11 +3119,12 @@ class Fickle(dict[str, bool | None]):
 
 LONG = Reply(["Let me look.", Tool("a", takes=2), *STORY.steps, Tool("b", takes=None), "Nothing."])
 REPLIES = [
-    *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7)),
-    *(Reply(["Wait.", Tool("a"), Tool("b"), "So?"]), Reply(STORY.steps, timed=False), Reply(fails=True, first=1)),
+    *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(["Wait.", Tool("a"), Tool("b"), "So?"])),
+    *(Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7), Reply(STORY.steps, timed=False)),
+    Reply(fails=True, first=1),
 ]
 DEEDS = ["says", "says", "says", "says", "says", "noise", "text", "interrupt", "commit", "image", "report", "fail"]
-REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "Okay.", "Yeah, yeah.", "Stop.", "No, {}.", "Um", "upon a time there"]
+REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "No, {}.", "Okay.", "Stop.", "Um", "upon a time there"]
 
 
 def spoken_script(deeds: list[tuple[float, str, str, float]], stt_turns: bool) -> tuple[Script, list[str]]:
@@ -3195,7 +3196,7 @@ def test_any_conversation_keeps_the_rules(
     room.play(script, until=script[-1][0] + 900)
     assert room.turns.state is State.LISTENING, "stuck"
     asked = words_of("user", room.turns.messages)
-    assert asked == [word for text in room.rules.committed for word in words(text)], "history is not what was committed"
+    assert asked == words(" ".join(room.rules.committed)), "history is not what was committed"
     assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
     dismissed = [word for _, one in room.log if isinstance(one, InterruptDismissed) for word in words(one.transcript)]
     assert {*said} <= {*asked, *dismissed}, "a word was lost"
@@ -3382,6 +3383,9 @@ def test_no_word_is_taken_twice(heard: list[Any], left: str) -> None:
         ("ठीक है।", ["ठीक", "है"]),
         ("1000 times", ["1000", "times"]),
         ("「はい」", ["は", "い"]),
+        ("İptal", ["iptal"]),
+        ("می‌خواهم", ["میخواهم"]),
+        ("ＯＫ！", ["ok"]),
         ("…!?", []),
     ],
 )
@@ -3394,10 +3398,24 @@ def test_words(text: str, said: list[str]) -> None:
     ("language", "texts"),
     [
         ("en", "Yeah, yeah.|Uh-huh.|Mmm-hmmm|Okay.|I see.|Right, right|Oh wow, that's right.|Got it!|No problem."),
-        ("de", "Ja, ja.|Genau!|Ach so.|Mhm|Alles klar, verstehe"),
-        ("es", "Sí, sí.|Claro que sí|Vale, vale|Ajá"),
-        ("fr", "Oui oui.|D'accord.|Ah bon?|Je vois, très bien"),
-        ("hi", "हाँ हाँ|अच्छा, ठीक है।|जी हाँ|Haan ji|accha"),
+        ("en-US", "No, keep going.|Don't stop!|Yeah, don’t stop|Please go on|OK OK OK OK OK OK"),
+        ("de", "Ja, ja.|Genau!|Ach so.|Mhm|Alles klar, verstehe|Nein, mach weiter|Hör nicht auf"),
+        ("es", "Sí, sí.|Claro que sí|Vale, vale|Ajá|No pares"),
+        ("fr", "Oui oui.|D'accord.|Ah bon?|Je vois, très bien|N'arrête pas !"),
+        ("hi", "हाँ हाँ|अच्छा, ठीक है।|जी हाँ|Haan ji|accha|मत रुको"),
+        ("it", "Sì, sì.|Va bene|D'accordo, continua"),
+        ("pt_BR", "Sim, claro.|Tá bom|Não pare"),
+        ("ar", "نعم، نعم.|حسنًا|تمام، طيب|لا تتوقف"),
+        ("bn", "হ্যাঁ, ঠিক আছে।|আচ্ছা"),
+        ("ja", "はい、はい。|なるほど|うん、そうですね|止めないで"),
+        ("ko", "네, 네.|그렇군요|응 알겠어"),
+        ("nl", "Ja, precies.|Oké|Nee, ga door"),
+        ("pl", "Tak, tak.|Dobrze, rozumiem"),
+        ("ru", "Да, да.|Хорошо, понятно|Нет проблем"),
+        ("ta", "சரி, சரி.|ஆமாம்"),
+        ("te", "అవును, సరే."),
+        ("tr", "Evet, tamam.|Devam et"),
+        ("zh", "好的，明白了。|嗯，对对对|别停"),
     ],
 )
 def test_backchannels(language: str, texts: str) -> None:
@@ -3412,10 +3430,25 @@ def test_backchannels(language: str, texts: str) -> None:
     ("language", "texts"),
     [
         ("en", "Stop!|stop stop|Wait a second|Okay, wait.|Please stop.|No, I meant Rome|Hold on|Um, never mind"),
-        ("de", "Stopp!|Moment mal|Nein, nicht das|Warte bitte|Ja, aber halt"),
-        ("es", "Para.|Espera un poco|Basta ya|No.|Un momento"),
-        ("fr", "Arrête !|Attends, non|Oui mais stop|Ça suffit"),
-        ("hi", "रुको|नहीं, वो नहीं|बस|ruko zara|एक मिनट"),
+        ("en-GB", "Yeah, but stop|okay cancel it|no|No, no, no!|Could you please stop?|Just stop it|Actually, no"),
+        ("en", "No problem, but wait|Oh no, stop|Don't stop, no, stop|sorry"),
+        ("de", "Stopp!|Moment mal|Nein, nicht das|Warte bitte|Ja, aber halt|Kannst du bitte aufhören?"),
+        ("es", "Para.|Espera un poco|Basta ya|No.|Un momento|No, para|Vale, pero espera"),
+        ("fr", "Arrête !|Attends, non|Oui mais stop|Ça suffit|Tu peux arrêter ?"),
+        ("hi", "रुको|नहीं, वो नहीं|बस|ruko zara|एक मिनट|बस करो"),
+        ("it", "Aspetta un attimo|Basta.|Puoi fermarti?"),
+        ("pt", "Espera aí|Não!|Para!|Pode parar?"),
+        ("ar", "توقف!|انتظر لحظة|لا."),
+        ("bn", "থামো!|না।|এক মিনিট দাঁড়াও"),
+        ("ja", "待って！|ちょっと待ってください|いや、違う|はい、ストップ"),
+        ("ko", "잠깐만요|그만해!|아니, 로마요"),
+        ("nl", "Wacht even|Nee, Rome|Stop maar"),
+        ("pl", "Czekaj|Nie!|Dobrze, wystarczy"),
+        ("ru", "Подожди|Нет, в Риме|Да хватит"),
+        ("ta", "போதும்|நிறுத்து!"),
+        ("te", "ఆపండి|చాలు"),
+        ("tr", "Bekle|Dur!|Tamam, yeter|İptal et"),
+        ("zh", "等一下！|停|不是，是罗马|好的，停下"),
     ],
 )
 def test_stop_words(language: str, texts: str) -> None:
@@ -3425,11 +3458,54 @@ def test_stop_words(language: str, texts: str) -> None:
         assert not is_backchannel(text, language), text
 
 
-@pytest.mark.parametrize("text", ["stopwatch", "the bus stop", "What about Rome?", "Para mí, sí", "", "I said okay"])
-def test_neither(text: str) -> None:
+@pytest.mark.parametrize(
+    ("language", "texts"),
+    [
+        ("en", "stopwatch|the bus stop|What about Rome?|Para mí, sí||?!|I said okay|non-stop|I can't wait|Um, Rome"),
+        ("en", "not an interrupt|don't cancel it|Why did you stop?|Yes, book it|Okay, next|Right now|Of course not"),
+        ("en", "No problem, take your time|okay I see great perfect awesome right got it|Go ahead and book it"),
+        ("de", "die Bushaltestelle|Gut, dann buch das|im Moment nicht|stimmt nicht"),
+        ("es", "para mí un café|No sé|claro que no|no importa"),
+        ("fr", "un arrêt de bus|bien sûr que non"),
+        ("it", "No so|Fine"),
+        ("pt", "No domingo|para mim|Não sei"),
+        ("hi", "बस स्टॉप"),
+        ("ar", "لا أعرف"),
+        ("ja", "バス停はどこ？"),
+        ("zh", "停车场在哪里？|不知道"),
+        ("pl", "Nie wiem"),
+        ("tr", "durak nerede"),
+    ],
+)
+def test_neither(language: str, texts: str) -> None:
     """What has to be asked."""
-    assert not is_stop(text, "en")
-    assert not is_backchannel(text, "en")
+    for text in texts.split("|"):
+        assert not is_stop(text, language), text
+        assert not is_backchannel(text, language), text
+
+
+@pytest.mark.parametrize(
+    ("table", "joined", "is_meant"),
+    [
+        (live._FILLERS, "{}", is_filler),
+        (live._BACKCHANNELS, "{}", is_backchannel),
+        (live._STOPS, "{}", is_stop),
+        (live._WHOLE_STOPS, "{}", is_stop),
+        (live._POLITE, "{} stop", is_stop),
+        (live._OPEN, "{}.", lambda text, language: language is None or not is_finished(text, language)),
+        (live._OPEN_UNMARKED, "{}", lambda text, language: language is None or not is_finished(text, language)),
+    ],
+)
+def test_each_phrase_says_what_its_table_says(
+    table: dict[str, frozenset[tuple[str, ...]]], joined: str, is_meant: Callable[[str, str | None], bool]
+) -> None:
+    """In its own language, and where the language is not known: no phrase of another means the opposite."""
+    for language, phrases in table.items():
+        for phrase in phrases:
+            text = joined.format(" ".join(phrase))
+            assert is_meant(text, language), (language, text)
+            assert is_meant(text, None), (language, text)
+            assert is_backchannel(text) + is_stop(text) < 2, (language, text)
 
 
 @pytest.mark.parametrize(
@@ -3448,6 +3524,12 @@ def test_neither(text: str) -> None:
         ("es", "Sí|¿Qué hora es?|Quiero un café.", "Quiero|y|porque|un café con|este"),
         ("fr", "Oui|Quelle heure est-il ?|Je veux un café.", "je veux|et|parce que|un café avec|euh"),
         ("hi", "हाँ|मुझे पानी चाहिए|समय क्या है?", "मुझे|और|क्योंकि|मैं"),
+        ("ja", "はい|水をください|今何時ですか？|こんにちは", "東京に|それで|えっと|水を"),
+        ("ko", "네|지금 몇 시예요?|물 주세요", "그리고|물을|저는"),
+        ("zh", "好的|现在几点？|我要水", "然后|因为|我想要苹果和"),
+        ("ru", "Да|Который час?|Хочу кофе.", "я хочу|и|потому что"),
+        ("ar", "نعم|كم الساعة؟|أريد قهوة", "أريد|و|لأن"),
+        ("th", "ใช่|กี่โมงแล้ว?", "…|กาแฟ,"),
         (None, "No|Hello.", "and|to"),
     ],
 )
@@ -3484,10 +3566,17 @@ def test_pauses_to_be_expected(text: str, expected: bool) -> None:
         ("Upon a time, there was.", True),
         ("once upon the time there was", True),
         ("king", True),
+        ("pon a time there wa", True),
         ("who is the king", False),
         ("stop it now", False),
         ("a a a", False),
+        ("Rome upon a time there was", False),
+        ("upon a time there was Rome", False),
+        ("stop upon a time there was", False),
+        ("time was king", False),
+        ("a king a time", False),
         ("", False),
+        ("...", False),
     ],
 )
 def test_echo(text: str, expected: bool) -> None:
@@ -3495,13 +3584,41 @@ def test_echo(text: str, expected: bool) -> None:
     assert is_echo(text, "Once upon a time there was a king.") is expected
 
 
-@given(st.text(max_size=60), st.sampled_from([None, "en", "de", "es", "fr", "hi", "xx"]))
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Upon a time there was", ""),
+        ("Upon a time there was, stop", "stop"),
+        ("No! Upon a time there was", "no"),
+        ("What about Rome?", "What about Rome?"),
+        ("king Rome", "king Rome"),
+        ("", ""),
+    ],
+)
+def test_what_the_user_says_beside_an_echo(text: str, left: str) -> None:
+    """The assistant's words are taken away, those of the user stay."""
+    assert beside_echo(text, "Once upon a time there was a king.") == left
+
+
+LANGUAGES = [None, "xx", *sorted(live._BACKCHANNELS)]
+PHRASES = sorted({" ".join(one) for table in (live._BACKCHANNELS, live._STOPS, live._OPEN) for one in table["en"]})
+
+
+@given(st.text(max_size=60), st.sampled_from(LANGUAGES))
 def test_any_text_is_classified(text: str, language: str | None) -> None:
     """No text makes them fail, and none both stops and agrees."""
     assert not (is_stop(text, language) and is_backchannel(text, language))
     is_finished(text, language)
     takes_time(text, language)
     assert not words(text) or is_echo(text, f"so {text} then")
+
+
+@given(st.lists(st.sampled_from([*PHRASES, "12", "S", "Rome"]), max_size=5), st.sampled_from(LANGUAGES))
+def test_case_and_punctuation_make_no_difference(phrases: list[str], language: str | None) -> None:
+    """Whatever marks the speech service puts into what was said."""
+    plain, marked = " ".join(phrases), f"«{', '.join(phrases).upper()}»!"
+    assert is_stop(marked, language) == is_stop(plain, language)
+    assert is_backchannel(marked, language) == is_backchannel(plain, language)
 
 
 # == Settings ==========================================================================================================
