@@ -786,6 +786,34 @@ case(
     show="check run release",
 )
 case(
+    "a full stop of another script is one, too",
+    says(0, "मुझे पानी चाहिए।", 1),
+    """
+    1.3 check मुझे पानी चाहिए। · run held
+    1.4 commit मुझे पानी चाहिए। · release
+    1.7 audio
+    2.95 done 1.25
+    user: मुझे पानी चाहिए।
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"input": {"language": "hi"}},
+)
+case(
+    "other marks may be named",
+    says(0, "What time is it?", 1),
+    """
+    1.6 check What time is it? · run held
+    1.7 commit What time is it? · release
+    2 audio
+    3.25 done 1.25
+    user: What time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"vad": {"punctuation_trigger": "!"}},
+)
+case(
     "a check that is not answered is decided by the words",
     says(0, "book a flight to Rome", 1),
     """
@@ -1514,6 +1542,55 @@ case(
     replies=[Reply(first=9)],
 )
 case(
+    "speech that begins within grace and whose words come long after it interrupts",
+    [*ASK, (6.36, SpeechStarted(0.06)), (7.35, Transcript("In Rome.", False)), (8, SpeechStopped(0.3))],
+    """
+    1.4 commit What time is it?
+    7.3 expired
+    7.35 detect
+    7.95 meant? In Rome.
+    8.05 cancel · interrupt - < In Rome.
+    8.15 commit In Rome.
+    8.45 audio
+    9.7 expired · done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="expired",
+    replies=[Reply(first=9)],
+)
+case(
+    "a word at the very end of grace is in time",
+    [*ASK, (6.39, Transcript("In Rome.", False))],
+    """
+    1.4 commit What time is it?
+    6.39 cancel · extend What time is it? + In Rome.
+    6.49 commit What time is it? In Rome.
+    6.79 audio
+    8.04 done 1.25
+    user: What time is it? In Rome.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=9)],
+)
+case(
+    "and one at the end of it is late",
+    [*ASK, (6.4, Transcript("In Rome.", False))],
+    """
+    1.4 commit What time is it?
+    6.4 expired · detect
+    7 meant? In Rome.
+    7.1 cancel · interrupt - < In Rome.
+    7.2 commit In Rome.
+    7.5 audio
+    8.75 expired · done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="expired",
+    replies=[Reply(first=9)],
+)
+case(
     "without grace words before the answer interrupt",
     ASK + says(2, "In Rome.", 2.5),
     """
@@ -1829,6 +1906,20 @@ case(
     assistant: Once upon a time there [interrupted]
     user: What about Rome?
     assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
+    "what is made while it is paused is heard after it",
+    [*ASK, *noise(3, 3.4), (3.3, Said("", "And so on. ")), (3.3, AudioMade("", 0.75)), (3.4, SpeechEnded(""))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.7 dismiss no_speech · resume 1.50
+    7.45 done 5.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
     """,
     replies=[STORY],
 )
@@ -2817,6 +2908,34 @@ def test_conversation(name: str) -> None:
     assert "\n".join([*room.told(*case.show.split()), *brief(room.turns.messages)]) == case.table
 
 
+BEGINNINGS = [round(1.8 + n / 4, 2) for n in range(17)]  # from the beginning of the story to its end
+
+
+@pytest.mark.parametrize("grace", [True, False])
+@pytest.mark.parametrize("text", ["", "Okay.", "Mm-hmm, yeah.", "once upon a time", "Honey, where are the keys?"])
+@pytest.mark.parametrize("start", BEGINNINGS)
+def test_what_is_not_meant_changes_nothing(start: float, text: str, grace: bool) -> None:
+    """At no point of an answer does a cough, a murmur, an echo of it or a word to somebody else change it."""
+    room = Room([STORY], interrupts={text: False}, config={"grace_period": {"enabled": grace}})
+    over = says(start, text, start + 0.5) if text else noise(start, start + 0.5)
+    room.play([(at, copy(event)) for at, event in [*ASK, *over]])
+    assert brief(room.turns.messages) == ["user: What time is it?", f"assistant: {STORY.steps[0]}"]
+
+
+@pytest.mark.parametrize("text", ["Stop.", "Okay, wait.", "What about Rome?"])
+@pytest.mark.parametrize("start", BEGINNINGS)
+def test_what_is_meant_interrupts(start: float, text: str) -> None:
+    """At each point of an answer; and what was heard of it until then is what history holds."""
+    room = Room([STORY])
+    room.play([(at, copy(event)) for at, event in [*ASK, *says(start, text, start + 0.5)]])
+    paused = next(action.position for _, action in room.log if isinstance(action, PauseAudio))
+    heard = STORY.steps[0].split()[: int((paused - 0.2) / PACE + 1 + 1e-6)]
+    partly = [f"assistant: {' '.join(heard)} [interrupted]"] * bool(heard)
+    assert start + 0.2 - 1.7 <= paused + 1e-6 <= start + 0.3 - 1.7
+    assert brief(room.turns.messages)[: 1 + len(partly)] == ["user: What time is it?", *partly]
+    assert brief(room.turns.messages)[1 + len(partly) :] == [f"user: {text}", "assistant: It is noon in Paris."]
+
+
 def test_metrics_tell_what_the_user_waited_for() -> None:
     """The times of a turn are the clock's: end of speech, final transcript, decision, first token, first audio."""
     room = Room(replies=[Reply(first=2.0), STORY])
@@ -3020,7 +3139,7 @@ class Chaos:
 
 SETTINGS = st.fixed_dictionaries(
     {
-        "input": st.fixed_dictionaries({"turn_detection": st.sampled_from(["auto", "vad", "manual"])}),
+        "input": st.fixed_dictionaries({"turn_detection": st.sampled_from(["auto", "stt", "vad", "manual"])}),
         "grace_period": st.fixed_dictionaries(
             {"enabled": st.booleans(), "duration_ms": st.sampled_from([0, 300, 5000, 5000, 60_000])}
         ),
