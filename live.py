@@ -238,7 +238,8 @@ class LiveInput(VoiceInput):
 
 class VADSettings(voice._Settings):
     """The end of a turn. `model` is asked whether the user has finished; `energy_threshold` (0 to 1) is a ceiling for
-    the one that follows the room."""
+    the one that follows the room. `prefix_padding_ms`, how much of what came before the speech is heard too, is taken
+    and changes nothing: the speech service hears all there is, so no beginning is ever cut off."""
 
     model: _Model = "auto"
     energy_threshold: _Level = 0.02
@@ -2287,7 +2288,6 @@ class TurnTaker:
                 if self._detection == "stt" and self._turn is None:
                     self._speculate()
             case voice.TurnResumed():
-                self._turn_ended = False
                 self._drop_held()
             case voice.TurnEnded():  # its final transcript came before
                 self._words.part()
@@ -2352,7 +2352,7 @@ class TurnTaker:
         self._words_at = self._now
         self._began = self._began or self._now
         if not self._voice:
-            self._silent_at = self._now
+            self._silent_at, self._turn_ended = self._now, True
 
     def _note_answer(self, event: AnswerEvent) -> None:
         """Something about a run: the one that is answering, or the one that is held."""
@@ -2381,8 +2381,6 @@ class TurnTaker:
                 self._fail(turn, event.error)
             case Said():
                 ledger.say(event.text)
-                if run.over:
-                    run.steps[-1].said = len(ledger.said)
             case Timed():
                 ledger.time(event.words)
             case AudioMade():
@@ -2798,7 +2796,6 @@ class TurnTaker:
             self._words.dismiss()
         self._heeded, self._capture = True, None
         run = turn.run
-        run.alive = self._now
         if not run.audible:
             self._go(State.PROCESSING)
             return True

@@ -916,6 +916,31 @@ case(
     show="check run release",
 )
 case(
+    "an answer is begun early a few times in a turn, and in each turn",
+    says(0, "Book.", 0.5) + says(1, "A flight.", 1.5) + says(2, "To Rome.", 2.5) + says(6, "Thank you.", 6.5),
+    """
+    0.8 check Book. · run held
+    1.5 cancel
+    1.8 check Book. A flight. · run held
+    2.5 cancel
+    2.8 check Book. A flight. To Rome.
+    3.1 commit Book. A flight. To Rome. · run
+    3.5 audio
+    4.75 done 1.25
+    6.8 check Thank you. · run held
+    7.1 commit Thank you. · release
+    7.2 audio
+    8.45 done 1.25
+    user: Book. A flight. To Rome.
+    assistant: It is noon in Paris.
+    user: Thank you.
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    checks={"Book.": False, "Book. A flight.": False, "Book. A flight. To Rome.": None, "Thank you.": None},
+    options={"timing": Timing(speculations=2)},
+)
+case(
     "a cough during the check keeps its answer",
     says(0, "book a flight", 1) + noise(1.6, 1.8),
     """
@@ -1100,10 +1125,30 @@ case(
     show="check run release",
 )
 case(
+    "late words do not begin the silence anew",
+    [*says(0, "book a flight", 1), (1.5, Transcript("Book a flight to Rome", True))],
+    """
+    1.7 commit Book a flight to Rome · run
+    2.1 audio
+    3.35 done 1.25
+    user: Book a flight to Rome
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    stt=None,
+    config={"vad": {"semantic_check": False}},
+)
+case(
     "nobody there",
-    [(1, AudioReceived())],
+    [(1, AudioReceived()), (30, InputText("Hello.")), (31, AudioReceived())],
     """
     21 idle
+    30 commit Hello. · run
+    30.4 audio
+    31.65 done 1.25
+    51 idle
+    user: Hello.
+    assistant: It is noon in Paris.
     """,
     show="check run release",
     options={"timing": Timing(idle=20)},
@@ -1232,6 +1277,25 @@ case(
     assistant: It is noon in Paris.
     """,
     show="check run release",
+    options={"stt_turns": True},
+)
+case(
+    "what the client says of an interruption is a turn that has ended",
+    [*streamed(0, "What time is it?", 1), (3, InputInterrupt("And in Rome?"))],
+    """
+    1.3 run held
+    1.5 commit What time is it? · release
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < And in Rome? · commit And in Rome? · run
+    3.4 audio
+    4.65 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    replies=[STORY],
     options={"stt_turns": True},
 )
 case(
@@ -1846,6 +1910,54 @@ case(
     user: What time is it?
     assistant: Once upon a time there was [interrupted]
     user: What about the other
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    interrupts={"What about": None},
+)
+case(
+    "words that came while the model was asked are asked about again",
+    [
+        *ASK,
+        (3.06, SpeechStarted(0.06)),
+        (3.5, Transcript("Honey", False)),
+        (3.8, Transcript("Honey, no, I mean Rome", False)),
+        (4, SpeechStopped()),
+    ],
+    """
+    1.65 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.6 meant? Honey
+    3.95 meant? Honey, no, I mean Rome
+    4.3 flush 1.50 · cancel · interrupt Once upon a time there was < Honey, no, I mean Rome
+    4.95 commit Honey, no, I mean Rome
+    5 audio
+    6.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was [interrupted]
+    user: Honey, no, I mean Rome
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    delay=0.35,
+    interrupts={"Honey": False},
+)
+case(
+    "words that come late are decided in time",
+    [*ASK, (3.06, SpeechStarted(0.06)), (5.3, Transcript("What about", False)), (7, SpeechStopped())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    5.3 meant? What about
+    5.7 flush 1.50 · cancel · interrupt Once upon a time there was < What about
+    8.3 commit What about
+    8.7 audio
+    9.95 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was [interrupted]
+    user: What about
     assistant: It is noon in Paris.
     """,
     replies=[STORY],
@@ -2706,6 +2818,22 @@ case(
     """,
 )
 case(
+    "the ear fails while it is being decided",
+    [*ASK, *noise(3, 3.2), (3.55, STTFailed(GONE))],
+    """
+    1.7 commit What time is it?
+    1.8 audio
+    3.2 detect · pause 1.40
+    3.55 refuse None
+    3.6 dismiss no_speech · resume 1.40
+    6.7 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+    stt=None,
+)
+case(
     "a failure while it is being decided",
     [*ASK, *noise(3, 4), (3.4, RunFailed("", GONE))],
     """
@@ -2870,6 +2998,19 @@ case(
     """,
 )
 case(
+    "typed text makes another turn of one whose answer has begun",
+    [*ASK, (1.35, InputText("In Rome."))],
+    """
+    1.3 run held
+    1.35 cancel · commit What time is it? In Rome. · run
+    1.75 audio
+    3 done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="run release",
+)
+case(
     "typed text ends the turn that is being spoken",
     [*says(0, "I want to", 1)[:2], (1.1, InputText("fly to Rome"))],
     """
@@ -2943,6 +3084,14 @@ def test_metrics_tell_what_the_user_waited_for() -> None:
     metrics = [action for _, action in room.log if isinstance(action, TurnMetrics)]
     times = [pytest.approx(time) for time in (2.8, 3.2, 3.2, 3.4, 3.5)]
     assert metrics == [TurnMetrics(metrics[0].turn_id, *times, cancelled_runs=1)]
+
+
+def test_metrics_of_what_was_typed() -> None:
+    """There was no speech that could have ended, and no transcript; an answer that was not heard has no audio."""
+    room = Room([Reply(first=2)])
+    room.play([(1, SpeechStarted()), (1.5, SpeechStopped()), (9, InputText("Hello.")), (10, InputInterrupt())])
+    metrics = [action for _, action in room.log if isinstance(action, TurnMetrics)]
+    assert metrics == [TurnMetrics(metrics[0].turn_id, decision=9)]
 
 
 def test_a_frame_of_audio_costs_nothing() -> None:
