@@ -200,6 +200,7 @@ __all__ = [
     "VADSettings",
     "answer_messages",
     "append_message",
+    "beside_echo",
     "is_backchannel",
     "is_echo",
     "is_filler",
@@ -237,7 +238,8 @@ class LiveInput(VoiceInput):
 
 class VADSettings(voice._Settings):
     """The end of a turn. `model` is asked whether the user has finished; `energy_threshold` (0 to 1) is a ceiling for
-    the one that follows the room."""
+    the one that follows the room. `prefix_padding_ms`, how much of what came before the speech is heard too, is taken
+    and changes nothing: the speech service hears all there is, so no beginning is ever cut off."""
 
     model: _Model = "auto"
     energy_threshold: _Level = 0.02
@@ -316,8 +318,10 @@ class Timing:
     sustained: float = 0.2  # speech that is no click or cough
     yielding: float = 1.0  # no answer to an interruption: go on when silent by then, else yield
     paused: float = 2.5  # audio never stays paused longer without words
+    overlap: float = 1.0  # the reply to a question may begin so long before the end of it
     hold: float = 1.0  # an answer does not begin over speech that began less long ago
     muted: float = 2.0  # no audio comes in: the microphone is off
+    room: float = 0.3  # an answer comes back as an echo within that
     late: float = 2.0  # factor on the silence after digits, spelling and "and …"
     report: float = 1.0  # a client that has stopped reporting playback is not waited for
     tool: float = 30.0  # a tool's result
@@ -1500,6 +1504,9 @@ def _phrases(**languages: str) -> dict[str, frozenset[tuple[str, ...]]]:
     return {code: frozenset(tuple(words(phrase)) for phrase in table.split("|")) for code, table in languages.items()}
 
 
+_SILENT = "'’ʼ\u200c\u200d\u0307"  # apostrophes, joiners, and what is left of a small İ
+
+
 def _spans(text: str) -> list[tuple[int, int]]:
     """Where words stand. In scripts without spaces each letter is one."""
     spans: list[tuple[int, int]] = []
@@ -1512,7 +1519,7 @@ def _spans(text: str) -> list[tuple[int, int]]:
             spans.append((at, at + 1))
         elif unicodedata.category(letter)[0] in "LNM":
             begin = at if begin is None else begin
-        elif begin is not None and not (letter in "'’ʼ" and text[at + 1 : at + 2].isalpha()):
+        elif begin is not None and not (letter in _SILENT and text[at + 1 : at + 2].isalpha()):
             spans.append((begin, at))
             begin = None
     return spans if begin is None else [*spans, (begin, len(text))]
@@ -1526,7 +1533,7 @@ class _Letters(dict[int, str]):
         letter = chr(code)
         if voice._UNSPACED.match(letter):
             stands_for = f" {letter} "
-        elif letter in "'’ʼ":
+        elif letter in _SILENT:
             stands_for = ""
         else:
             stands_for = letter if unicodedata.category(letter)[0] in "LNM" else " "
@@ -1546,101 +1553,188 @@ def words(text: str) -> list[str]:
 
 
 _FILLERS = _phrases(
-    en="um|uh|uhm|umm|er|erm|ah|hm|hmm|mm|m|eh",
     de="äh|ähm|öh|hm|mh",
+    en="um|uh|uhm|umm|er|erm|ah|hm|hmm|mm|m|eh",
     es="eh|este|em|mm",
     fr="euh|heu|hum|ben",
     hi="उम|अं|हम्म|um",
     it="ehm|mm",
+    ja="えっと|えーと|ええと|えー|あの|あのー|うーん|んー",
+    ko="음",
+    nl="eh|ehm|uh|uhm|hm",
     pt="é|hum|ahn",
+    ru="э|эм|мм|хм",
+    tr="ıı|hm",
+    zh="呃|额",
 )
 _BACKCHANNELS = _phrases(
+    ar="نعم|أيوه|ايوه|أيوا|أجل|طيب|تمام|حسنا|حسنًا|صحيح|فهمت|مفهوم|أوكي|اوكي|ماشي|طبعا|طبعًا|أكيد|بالضبط|ممتاز|جميل|رائع|"
+    "أها|لا بأس|لا مشكلة|استمر|تابع|كمل|لا تتوقف",
+    bn="হ্যাঁ|হাঁ|হুম|আচ্ছা|ঠিক|ঠিক আছে|বুঝেছি|বুঝলাম|জি|ওকে|ভালো|খুব ভালো|অবশ্যই|সত্যি|বলতে থাকো|থেমো না",
+    de="ja|jaja|jo|jep|genau|okay|ok|gut|sehr gut|alles klar|klar|na klar|klar doch|verstehe|ich verstehe|verstanden|"
+    "stimmt|richtig|aha|ach so|achso|ach|oh|mhm|hm|natürlich|sicher|super|toll|prima|schön|interessant|wirklich|echt|"
+    "weiter|mach weiter|nein mach weiter|nein weiter|sprich weiter|red weiter|hör nicht auf|nicht aufhören|"
+    "kein problem|so so",
     en="yeah|yes|yep|yup|ya|yea|ok|okay|k|kay|right|all right|alright|sure|uh huh|uhuh|mm hmm|mhm|mmhmm|mm hm|m hm|"
     "m hmm|aha|ah|oh|ooh|wow|i see|got it|gotcha|i know|i understand|of course|exactly|true|thats true|thats right|"
     "indeed|absolutely|definitely|totally|great|good|very good|nice|cool|fine|perfect|awesome|interesting|really|"
-    "makes sense|that makes sense|fair enough|go on|go ahead|please go on|continue|keep going|no problem|no worries|"
-    "no way|oh no|haha|ha|huh|yes please go on",
-    de="ja|jaja|jo|jep|genau|okay|ok|gut|sehr gut|alles klar|klar|verstehe|ich verstehe|verstanden|stimmt|richtig|aha|"
-    "ach so|achso|ach|oh|mhm|hm|natürlich|sicher|super|toll|prima|schön|interessant|wirklich|echt|weiter|"
-    "mach weiter|kein problem|so so",
+    "makes sense|that makes sense|fair enough|no problem|no worries|no doubt|no way|oh no|haha|ha|huh|thats great|"
+    "thats good|sounds good|good to know|agreed|i agree|go on|go ahead|please go on|yes please go on|continue|"
+    "please continue|carry on|keep going|no go on|no go ahead|no continue|no keep going|no carry on|no please go on|"
+    "no please continue|don't stop|please don't stop|no don't stop|no please don't stop|do not stop",
     es="sí|si|ajá|aja|vale|claro|claro que sí|ok|okay|bueno|bien|muy bien|ya|ya veo|entiendo|entendido|exacto|"
-    "exactamente|correcto|de acuerdo|perfecto|genial|por supuesto|desde luego|ah|oh|mm|mhm|de verdad|sigue|continúa|"
-    "interesante|no hay problema",
+    "exactamente|correcto|de acuerdo|perfecto|genial|por supuesto|desde luego|ah|oh|mm|mhm|de verdad|interesante|"
+    "no hay problema|sigue|continúa|adelante|no sigue|no pares|no te pares|no te detengas",
     fr="oui|ouais|mhm|d'accord|ok|okay|je vois|je comprends|compris|bien sûr|exactement|exact|c'est ça|c'est vrai|"
-    "tout à fait|très bien|bien|bon|super|parfait|génial|ah|oh|ah bon|ah oui|vraiment|intéressant|continue|continuez|"
-    "pas de problème|voilà",
+    "tout à fait|très bien|bien|bon|super|parfait|génial|ah|oh|ah bon|ah oui|vraiment|intéressant|pas de problème|"
+    "voilà|continue|continuez|non continue|vas y|n'arrête pas|ne t'arrête pas",
     hi="हाँ|हां|हा|जी|जी हाँ|जी हां|हाँ जी|हां जी|अच्छा|ठीक|ठीक है|सही|सही है|बिल्कुल|समझ गया|समझ गई|समझा|ओके|ओह|वाह|"
-    "हम्म|हूँ|हूं|सच में|बहुत अच्छा|haan|han|haan ji|ji|ji haan|accha|acha|achha|theek|thik|theek hai|thik hai|sahi|sahi hai|"
-    "bilkul|samajh gaya|samajh gayi|wah|okay|ok",
-    it="sì|si|ok|okay|va bene|certo|capisco|capito|esatto|giusto|bene|perfetto|ah|mhm|continua|davvero|vero",
-    pt="sim|tá|tá bom|ok|okay|certo|claro|entendi|entendo|exato|isso|beleza|bom|perfeito|ah|mhm|aham|continua|verdade",
-    ja="はい|うん|ええ|そう|なるほど|そうですね|そうですか",
-    zh="嗯|对|好|好的|是|是的|对对|哦|明白|知道了",
+    "हम्म|हूँ|हूं|सच में|बहुत अच्छा|मत रुको|रुको मत|नहीं रुको मत|बोलते रहो|haan|han|haan ji|ji|ji haan|accha|acha|achha|"
+    "theek|thik|theek hai|thik hai|sahi|sahi hai|bilkul|samajh gaya|samajh gayi|wah|okay|ok|ruko mat|mat ruko|"
+    "nahi ruko mat|bolte raho",
+    it="sì|si|ok|okay|va bene|certo|capisco|capito|esatto|giusto|bene|perfetto|ah|mhm|davvero|vero|chiaro|d'accordo|"
+    "continua|vai avanti|no continua|non fermarti|non ti fermare",
+    ja="はい|うん|ええ|へえ|そう|なるほど|そうですね|そうですか|そうなんだ|確かに|たしかに|本当|わかった|わかりました|分かった|"
+    "分かりました|了解|続けて|止めないで|止まらないで",
+    ko="네|예|응|어|아|아하|그래|그래요|그렇군요|그렇구나|맞아|맞아요|알겠어|알겠어요|알겠습니다|알았어|알았어요|좋아|좋아요|"
+    "오케이|진짜|정말|계속해|계속하세요|멈추지 마",
+    nl="ja|jaja|oké|okee|ok|goed|prima|klopt|precies|juist|begrepen|snap ik|ik snap het|ik begrijp het|natuurlijk|"
+    "tuurlijk|zeker|mooi|leuk|interessant|echt|echt waar|inderdaad|aha|oh|hm|geen probleem|ga door|ga verder|"
+    "nee ga door|niet stoppen",
+    pl="tak|aha|mhm|dobrze|dobra|okej|ok|jasne|rozumiem|zgadza się|dokładnie|właśnie|oczywiście|pewnie|świetnie|"
+    "super|fajnie|ciekawe|naprawdę|racja|nie ma problemu|nie ma sprawy|mów dalej|kontynuuj|nie przestawaj",
+    pt="sim|tá|tá bom|ok|okay|certo|claro|entendi|entendo|exato|isso|beleza|bom|perfeito|ah|mhm|aham|uhum|verdade|"
+    "com certeza|legal|ótimo|continua|continue|pode continuar|não pare|não para",
+    ru="да|ага|угу|хорошо|ладно|понятно|понял|поняла|ясно|точно|верно|правильно|окей|ок|конечно|отлично|здорово|"
+    "классно|интересно|правда|ну да|ого|м|мм|хм|нет проблем|продолжай|продолжайте|нет продолжай|не останавливайся",
+    ta="ஆமா|ஆமாம்|சரி|சரிங்க|ம்|ஓகே|புரிஞ்சது|புரிந்தது|நல்லது|அப்படியா|சொல்லுங்க|தொடருங்கள்|நிறுத்தாதே",
+    te="అవును|అవునా|సరే|ఓకే|అర్థమైంది|బాగుంది|మంచిది|నిజమే|నిజంగా|చెప్పండి|కొనసాగించండి|ఆపకు",
+    tr="evet|tamam|peki|anladım|doğru|haklısın|aynen|tabii|tabi|elbette|güzel|harika|süper|gerçekten mi|öyle mi|olur|"
+    "hı hı|devam|devam et|hayır devam et|durma|sorun değil",
+    zh="嗯|对|好|好的|好吧|是|是的|是啊|哦|噢|明白|明白了|知道了|我知道|我知道了|懂了|了解|行|可以|没事|没问题|没错|当然|真的|"
+    "真的吗|继续|继续说|不要停|别停",
 )
 # These at the beginning of what is said, or (the second table) as all of it, take the floor.
 _STOPS = _phrases(
+    ar="توقف|انتظر|إنتظر|لحظة|دقيقة|كفى|كفاية|خلاص|اسكت|اسكتي|لا لا",
+    bn="থামো|থামুন|দাঁড়াও|দাঁড়ান|অপেক্ষা করো|এক মিনিট|না না|চুপ|বন্ধ করো|শোনো",
+    de="stopp|stop|halt|warte|warten|warten sie|moment|moment mal|einen moment|nein|nee|genug|das reicht|ruhe|"
+    "sei still|sei ruhig|leise|hör auf|hör bitte auf|hören sie auf|aufhören|stoppen|vergiss es|abbrechen|falsch|"
+    "entschuldigung",
     en="stop|wait|hold on|hang on|hold up|shut up|be quiet|quiet|never mind|nevermind|cancel|enough|that's enough|"
-    "that's not|pause|no|nope|excuse me|one second|one moment|just a second|just a moment|hush|silence",
-    de="stopp|stop|halt|warte|warten sie|moment|moment mal|einen moment|nein|nee|genug|das reicht|ruhe|sei still|"
-    "sei ruhig|hör auf|hören sie auf|aufhören|vergiss es|abbrechen|entschuldigung",
-    es="alto|espera|espere|un momento|un segundo|basta|detente|cállate|cállese|silencio|para ya|no no|olvídalo|cancela|"
-    "perdona|perdón|no eso no",
-    fr="stop|arrête|arrêtez|attends|attendez|un instant|une seconde|un moment|ça suffit|tais toi|taisez vous|silence|"
-    "non|annule|laisse tomber|excusez moi|pardon",
-    hi="रुको|रुकिए|रुक जाओ|रुकिये|ठहरो|ठहरिए|चुप|नहीं|नही|बंद करो|एक मिनट|सुनो|सुनिए|ruko|rukiye|ruk jao|thehro|chup|"
-    "nahin|nahi|band karo|ek minute|suno",
-    it="fermati|fermo|aspetta|aspetti|un momento|un attimo|smettila|zitto|silenzio|scusa",
-    pt="pare|espera|espere|um momento|um minuto|chega|cala a boca|silêncio|não",
-    ja="ちょっと待って|待って|やめて|止めて",
-    zh="停|等等|等一下|别说了|不是",
+    "that's not|that's wrong|wrong|pause|no|nope|nah|excuse me|one second|one moment|just a second|just a moment|"
+    "a moment|give me a second|hush|shush|shh|silence|listen",
+    es="alto|espera|espere|esperar|un momento|un segundo|basta|detente|detener|parar|cállate|cállese|silencio|para ya|"
+    "no no|olvídalo|cancela|perdona|perdón|no eso no|eso no",
+    fr="stop|arrête|arrêtez|arrêter|attends|attendez|attendre|un instant|une seconde|un moment|ça suffit|tais toi|"
+    "taisez vous|chut|silence|non|annule|laisse tomber|écoute|écoutez|excusez moi|pardon",
+    hi="रुको|रुकिए|रुक जाओ|रुकिये|ठहरो|ठहरिए|चुप|नहीं|नही|बंद करो|बस करो|बस कीजिए|एक मिनट|सुनो|सुनिए|ruko|rukiye|ruk jao|"
+    "thehro|chup|nahin|nahi|band karo|bas karo|ek minute|suno",
+    it="stop|fermati|fermo|fermarti|fermare|aspetta|aspetti|aspettare|un momento|un attimo|un secondo|basta così|"
+    "smettila|zitto|silenzio|scusa|scusi|no no|ascolta",
+    ja="ちょっと待って|待って|まって|やめて|止めて|とめて|ストップ|黙って|静かに|違う|違います|いいえ|いや|もういい",
+    ko="그만|멈춰|잠깐|잠시만|기다려|아니|아뇨|조용히|됐어|취소",
+    nl="stop|stoppen|wacht|wachten|hou op|houd op|ophouden|genoeg|stil|wees stil|nee|moment|momentje|een moment|"
+    "laat maar|annuleer",
+    pl="stop|czekaj|poczekaj|zaczekaj|chwila|chwileczkę|moment|momencik|dość|wystarczy|cicho|przestań|zatrzymaj się|"
+    "nie nie|anuluj|nieważne|przepraszam",
+    pt="pare|parar|espera|espere|esperar|um momento|um minuto|um segundo|chega|cala a boca|silêncio|não não|não é isso|"
+    "escuta|esquece|cancela",
+    ru="стоп|стой|стойте|подожди|подождите|погоди|погодите|постой|хватит|довольно|тихо|тише|замолчи|помолчи|минутку|"
+    "секунду|секундочку|одну минуту|нет|отмена|отмени|извини|извините|прекрати|перестань",
+    ta="நிறுத்து|நிறுத்துங்கள்|நிறுத்துங்க|நில்லு|இருங்க|ஒரு நிமிஷம்|ஒரு நிமிடம்|போதும்|வேண்டாம்|வேணாம்",
+    te="ఆగు|ఆగండి|ఆపు|ఆపండి|ఒక నిమిషం|ఒక్క నిమిషం|చాలు|వద్దు",
+    tr="durun|dur bir|dur lütfen|bekle|bekleyin|bir dakika|bir saniye|yeter|sessiz ol|hayır|iptal|boş ver|özür dilerim",
+    zh="停一下|停下|停止|等等|等一下|等一等|别说了|不要说了|闭嘴|安静|够了|不是|不对|错了|打住|取消|算了",
 )
-_WHOLE_STOPS = _phrases(en="actually|sorry", es="para|no", it="ferma|no|basta", pt="para", hi="बस|bas|ठहर", zh="不")
-_POLITE = _phrases(
-    en="please|hey|and|but|so|well", de="bitte|hey|aber|also", es="por favor|oye|pero", fr="s'il te plaît|mais"
+_WHOLE_STOPS = _phrases(
+    ar="لا|قف|وقف",
+    bn="না|ব্যস",
+    en="actually|sorry",
+    es="para|no",
+    hi="बस|bas|ठहर",
+    it="ferma|no|basta",
+    nl="ho",
+    pl="nie",
+    pt="para|não",
+    ta="இல்லை|இல்ல",
+    te="కాదు|లేదు",
+    tr="dur|sus",
+    zh="不|停|不用|不行",
+)
+# English ones that mean something else there, or are part of a sentence.
+_NOT_ENGLISH = _phrases(es="no", it="no|fine", pl="no", pt="no")
+_POLITE = _phrases(  # what such words may follow
+    de="bitte|hey|und|aber|also|jetzt|kannst du|könntest du|können sie|könnten sie",
+    en="please|hey|and|but|so|well|now|just|then|can you|could you|would you|will you|i said|i want you to|let's",
+    es="por favor|oye|y|pero|ahora|puedes|podrías|puede|podría",
+    fr="s'il te plaît|s'il vous plaît|et|mais|alors|peux tu|tu peux|pouvez vous|vous pouvez|pourrais tu|pourriez vous",
+    hi="प्लीज़|कृपया|ज़रा|अरे|लेकिन|please|zara|arre|lekin",
+    it="per favore|e|ma|allora|puoi|può|potresti",
+    nl="alsjeblieft|en|maar|nu|kun je|kan je|kunt u",
+    pt="por favor|e|mas|agora|então|pode|você pode|poderia",
+    ru="пожалуйста|а|но|и|можешь",
+    zh="请|但是|那",
 )
 # A text that ends so goes on, whatever stands behind it.
 _OPEN = _phrases(
-    en="and|or|but|because|cause|if|the|a|an|my|your|our|their|which|whose|than|and then|such as|for example|like a|"
-    "let me think|let me see|let's see|i mean|you know|no wait|hold on|give me a second|one second|the number is|it's",
+    ar="و|أو|او|لكن|لأن|إذا|الذي|التي|مثل|يعني|ثم",
     de="und|oder|aber|denn|weil|dass|wenn|ob|der|die|eine|einen|einem|einer|mein|meine|meinen|dein|deine|sondern|"
     "sowie|und dann|zum beispiel|ich meine|moment|warte",
+    en="and|or|but|because|cause|if|the|a|an|my|your|our|their|which|whose|than|and then|such as|for example|like a|"
+    "let me think|let me see|let's see|i mean|you know|no wait|hold on|give me a second|one second|the number is|it's",
     es="y|e|o|u|pero|porque|que|si|el|la|los|las|un|una|unos|mi|tu|su|de|del|con|y luego|por ejemplo|o sea|espera|este",
     fr="et|ou|mais|parce que|car|que|si|le|la|les|un|une|des|du|de|mon|ma|mes|ton|ta|tes|et puis|par exemple|"
     "je veux dire|attends",
     hi="और|या|लेकिन|मगर|क्योंकि|कि|अगर|का|की|के|एक|मेरा|मेरी|मतलब|aur|ya|lekin|kyunki|ki|agar|matlab",
     it="e|o|ma|perché|che|se|il|lo|la|i|gli|un|una|di|del|con|mio|mia|per esempio|cioè",
+    ja="そして|でも|だから|それで|それから|あと|例えば|たとえば",
+    ko="그리고|그런데|근데|하지만|그래서|왜냐하면|만약|또는|아니면|그러니까",
+    nl="en|of|maar|want|omdat|als|de|een|mijn|jouw|bijvoorbeeld|ik bedoel|wacht",
+    pl="i|a|ale|lub|albo|bo|ponieważ|że|jeśli|żeby|który|która|mój|moja|na przykład|to znaczy|czekaj",
     pt="e|ou|mas|porque|que|se|o|os|um|uma|de|do|da|com|meu|minha|por exemplo|ou seja",
+    ru="и|а|но|или|потому что|если|чтобы|который|которая|мой|моя|например|то есть|подожди",
+    tr="ve|veya|ya da|ama|fakat|çünkü|eğer|ki|mesela|yani",
+    zh="和|但是|可是|因为|所以|如果|然后|还有|而且|或者|比如",
 )
 # … unless punctuation ends it.
 _OPEN_UNMARKED = _phrases(
-    en="to|of|for|with|from|at|in|on|by|about|into|between|so|that|is|are|was|i|we|they|he|she|can you|could you|"
-    "would you|will you|do you|i want|i need|i'd like|i think|i am|i'm|this is|there is|how|what|when|where|why|who",
+    ar="في|من|إلى|على|عن|مع|أنا|أريد|هل|أن",
     de="ein|mit|für|von|zu|bei|nach|in|im|am|vom|zum|zur|das|ich|wir|kannst du|können sie|ich möchte|ich will|ist|"
     "ich brauche",
+    en="to|of|for|with|from|at|in|on|by|about|into|between|so|that|is|are|was|i|we|they|he|she|can you|could you|"
+    "would you|will you|do you|i want|i need|i'd like|i think|i am|i'm|this is|there is|how|what|when|where|why|who",
     es="a|en|por|para|sin|como|al|yo|es|quiero|puedes|necesito|me gustaría",
     fr="à|au|aux|en|dans|pour|avec|sur|par|je|tu|est|c'est|je veux|je voudrais|peux tu|il y a",
     hi="को|से|में|पर|मैं|मुझे|ko|se|mein|par|main|mujhe",
     it="a|in|per|al|è|voglio|vorrei|puoi",
+    ja="が|を|に|けど|ので",
+    ko="은|는|을|를|에서|에게|하고|는데|니까",
+    nl="met|voor|van|naar|bij|te|ik|wij|we|kun je|ik wil|ik zoek",
+    pl="w|na|z|do|od|dla|po|za|ja|chcę|czy możesz",
     pt="a|em|no|na|por|para|é|quero|preciso|você pode",
+    ru="в|на|с|к|у|по|из|для|о|от|до|за|я|мы|хочу|можешь|мне нужно",
 )
 _UNFINISHED_MARKS = ("…", "...", ",", ";", ":", "-", "–", "—", "、", "，", "،")
 _QUESTION_MARKS = ("?", "？", "؟", "⁇", "⁈", "⁉")
 _NUMBER_WORDS = voice._split(
     "zero oh one two three four five six seven eight nine ten twenty thirty forty fifty sixty seventy eighty ninety "
     "hundred thousand double triple null eins zwei drei vier fünf sechs sieben acht neun uno dos tres cuatro cinco "
-    "seis siete ocho nueve cero deux trois quatre cinq sept huit neuf एक दो तीन चार पांच पाँच छह सात आठ नौ शून्य"
+    "seis siete ocho nueve cero deux trois quatre cinq sept huit neuf due tre quattro cinque sette otto nove dois três "
+    "quatro sete oito nul twee drie vijf zeven acht negen ноль один два три четыре пять шесть семь восемь девять "
+    "एक दो तीन चार पांच पाँच छह सात आठ नौ शून्य"
 )
 
 
 def _table(tables: dict[str, frozenset[tuple[str, ...]]], language: str | None) -> frozenset[tuple[str, ...]]:
     """The phrases of a language and of English; all of them where it has none or is not known."""
     own = _own(tables, language) if language else frozenset()
-    return own | tables.get("en", frozenset()) if own else frozenset().union(*tables.values())
+    return own | (tables["en"] - _own(_NOT_ENGLISH, language)) if own else frozenset().union(*tables.values())
 
 
 def _own(tables: dict[str, frozenset[tuple[str, ...]]], language: str | None) -> frozenset[tuple[str, ...]]:
     """The phrases of a language alone, of English where it is not known: "no" ends no English sentence too early."""
-    return tables.get(re.split(r"[-_]", language or "en")[0].lower(), frozenset())
+    return tables.get(voice._language(language or "en"), frozenset())
 
 
 def _begins(said: Sequence[str], table: frozenset[tuple[str, ...]]) -> int:
@@ -1665,6 +1759,11 @@ def _consists(said: Sequence[str], table: frozenset[tuple[str, ...]], most: int)
     return 0 < len(phrases) <= most
 
 
+def _unquoted(text: str) -> str:
+    """A text that ends in its last mark."""
+    return text.rstrip().rstrip("\"'”’»)")
+
+
 def is_filler(text: str, language: str | None = None) -> bool:
     """Nothing but "um"."""
     return _consists(words(text), _table(_FILLERS, language), 100)
@@ -1676,40 +1775,52 @@ def is_backchannel(text: str, language: str | None = None) -> bool:
 
 
 def is_stop(text: str, language: str | None = None) -> bool:
-    """Words that claim the floor whatever follows: "Stop", "okay, wait a second", "nein, nicht das"."""
+    """Words that claim the floor whatever follows: "Stop", "okay, could you wait", "nein, nicht das"."""
     said = words(text)
     if is_backchannel(text, language):
         return False
     stops, before = _table(_STOPS, language), _table(_BACKCHANNELS, language) | _table(_FILLERS, language)
     before |= _table(_POLITE, language)
     whole = _table(_WHOLE_STOPS, language) | stops
-    while said:
-        if _begins(said, stops) or _consists(said, whole, 4):
-            return True
-        said = said[_begins(said, before) or len(said) :]
-    return False
+    while said and not _consists(said, whole, 4):
+        stop, other = _begins(said, stops), _begins(said, before)  # "no", "no problem"
+        if stop >= other:
+            return stop > 0
+        said = said[other:]
+    return bool(said)
 
 
 def is_echo(text: str, spoken: str) -> bool:
-    """Whether this is what the assistant is saying, as a microphone hears it: one run of its words, four in five of
-    them right; of one or two words, both."""
+    """Whether this is what the assistant is saying, as a microphone hears it, and nothing else."""
+    return bool(words(text)) and not beside_echo(text, spoken)
+
+
+def beside_echo(text: str, spoken: str) -> str:
+    """What is left of a text without the assistant's own words in it: one run of them, four in five right, the first
+    and the last perhaps cut off; of one or two words, both. All of it where there are none."""
     heard, said = words(text), words(spoken)
-    if not heard:
-        return False
     starts = range(len(said) - len(heard) + 1)
     if any(said[at : at + len(heard)] == heard for at in starts):
-        return True
-    if len(heard) < 3:
-        return False
+        return ""
     alike = difflib.SequenceMatcher(None, heard, said, autojunk=False).get_matching_blocks()
     found = [block for block in alike if block.size]
-    run = found[-1].b + found[-1].size - found[0].b if found else 0
-    return sum(block.size for block in found) >= 0.8 * len(heard) and run <= 1.5 * len(heard)
+    right = sum(block.size for block in found)
+    if right < 3:
+        return text
+    begin, end = found[0].a, found[-1].a + found[-1].size
+    first, last = found[0].b, found[-1].b + found[-1].size
+    if right < 0.8 * (end - begin) or last - first > 1.5 * (end - begin):
+        return text
+    if begin > 0 and first > 0 and said[first - 1].endswith(heard[begin - 1]):
+        begin -= 1
+    if end < len(heard) and last < len(said) and said[last].startswith(heard[end]):
+        end += 1
+    return " ".join(heard[:begin] + heard[end:])
 
 
 def is_finished(text: str, language: str | None = None) -> bool:
     """Whether it sounds complete, as far as the last words tell: the answer where no model gives one."""
-    text, said = text.rstrip().rstrip("\"'”’»)"), words(text)
+    text, said = _unquoted(text), words(text)
     if not said or is_filler(text, language) or text.endswith(_UNFINISHED_MARKS):
         return False
     if text.endswith(_QUESTION_MARKS):
@@ -1722,10 +1833,10 @@ def is_finished(text: str, language: str | None = None) -> bool:
 def takes_time(text: str, language: str | None = None) -> bool:
     """Whether a pause is to be expected here: digits, spelling, a trailing "and …"."""
     said = words(text)
-    if text.rstrip().endswith(_QUESTION_MARKS) or not said:
+    if _unquoted(text).endswith(_QUESTION_MARKS) or not said:
         return False
     letters = [word for word in said[-3:] if len(word) == 1 and not voice._UNSPACED.match(word)]
-    spelled = [word for word in letters if word not in "aiyoeéàuè"]
+    spelled = [word for word in letters if word not in "aiyoeéàuèавикоусяو"]
     dictated = [word for word in said[-2:] if word.isnumeric() or word in _NUMBER_WORDS]
     number = said[-1].isdigit() and len(said[-1]) > 2
     return len(spelled) > 1 or len(dictated) > 1 or number or not is_finished(text, language)
@@ -1869,7 +1980,7 @@ class Ledger:
     def heard(self, now: float) -> str:
         """The words that have been heard to their end: the beginning of `said`."""
         position = self.position(now) + 1e-6
-        if self.complete and position >= self.made - self.NEARLY:
+        if self.complete and self.made and position >= self.made - self.NEARLY:
             return self.said
         if not self._words:
             return self._share(position)
@@ -2103,7 +2214,7 @@ class TurnTaker:
         self._history = list(history)
         self._silence = settings.vad.silence_duration_ms / 1000
         self._max_silence = max(settings.vad.max_silence_ms / 1000, self._silence)
-        self._capture_seconds = settings.interrupt.capture_duration_ms / 1000
+        self._capture_seconds = min(settings.interrupt.capture_duration_ms / 1000, self._timing.paused)
 
         self._now = 0.0
         self._out: list[Action] = []
@@ -2187,7 +2298,6 @@ class TurnTaker:
                 if self._detection == "stt" and self._turn is None:
                     self._speculate()
             case voice.TurnResumed():
-                self._turn_ended = False
                 self._drop_held()
             case voice.TurnEnded():  # its final transcript came before
                 self._words.part()
@@ -2233,25 +2343,26 @@ class TurnTaker:
                     return
                 self._type([text_block(event.text)])
             case InputContent():
-                if not event.content:
+                content = [block for block in event.content if block.get("type") != "text" or block["text"].strip()]
+                if not content:
                     self._refuse("the content is empty", "nothing_to_commit")
-                elif any(block.get("type") == "text" for block in event.content):
-                    self._type(event.content)
+                elif any(block.get("type") == "text" for block in content):
+                    self._type(content)
                 else:
-                    self._parts += event.content
+                    self._parts += content
 
     def _add_interruption(self, transcript: str) -> None:
-        """What the client says that the user says; we may have heard a part of it ourselves."""
-        if not transcript:
+        """What the client says that the user says; we may have heard more or less of it ourselves."""
+        own, told = words(self._words.fresh), words(transcript)
+        if own[: len(told)] == told:
             return
-        own = words(self._words.fresh)
-        if words(transcript)[: len(own)] == own:
+        if told[: len(own)] == own:
             self._words.take()
         self._add_part(transcript)
         self._words_at = self._now
         self._began = self._began or self._now
         if not self._voice:
-            self._silent_at = self._now
+            self._silent_at, self._turn_ended = self._now, True
 
     def _note_answer(self, event: AnswerEvent) -> None:
         """Something about a run: the one that is answering, or the one that is held."""
@@ -2267,7 +2378,8 @@ class TurnTaker:
         if self._turn is None or self._turn.run.id != event.response_id:
             return
         turn, run, ledger = self._turn, self._turn.run, self._turn.run.ledger
-        run.alive = self._now
+        if not isinstance(event, Playback):
+            run.alive = self._now
         match event:
             case Playback():
                 ledger.report(self._now, event.played)
@@ -2279,8 +2391,6 @@ class TurnTaker:
                 self._fail(turn, event.error)
             case Said():
                 ledger.say(event.text)
-                if run.over:
-                    run.steps[-1].said = len(ledger.said)
             case Timed():
                 ledger.time(event.words)
             case AudioMade():
@@ -2310,7 +2420,8 @@ class TurnTaker:
 
     def _finalize(self) -> None:
         """All that was heard is wanted now."""
-        if not self._finalizing or (self._finalized is not None and self._finalized < self._voice_at):
+        heard_at = max(self._voice_at, self._words_at)
+        if not self._finalizing or (self._finalized is not None and self._finalized < heard_at):
             self._finalized, self._finalizing = self._now, True
             if not self._stt_turns:
                 self._do(FinalizeSTT())
@@ -2340,8 +2451,7 @@ class TurnTaker:
         """No audio comes any more, in the middle of a turn."""
         if self._audio_at is None or self._detection == "manual":
             return False
-        said = self._pending() if self._turn is None and self._commit_by is None else ""
-        is_open = said != "" and not is_filler(said, self._language)
+        is_open = self._turn is None and self._commit_by is None and self._has_said_something()
         if not (self._voice or is_open) or not self._reached(self._audio_at + self._timing.muted):
             return False
         self._fall_silent(self._audio_at)
@@ -2365,7 +2475,7 @@ class TurnTaker:
             self._drop_held()
         if self._commit_by is not None:
             return self._commit_when_complete(text, self._commit_by)
-        if not text or is_filler(text, self._language) or self._is_own_echo(text):
+        if not self._has_said_something() or self._is_own_echo(text):
             self._began = None
             return False
         if self._detection == "manual":
@@ -2395,8 +2505,10 @@ class TurnTaker:
             self._refuse("nothing was said", "nothing_to_commit")
 
     def _is_own_echo(self, text: str) -> bool:
-        """The end of the answer, coming back when it is over."""
-        if self._now - self._tail_at > 3.0 or len(words(text)) < 3 or not is_echo(text, self._tail):
+        """The end of the answer, coming back when it is over. Who begins to speak later repeats it on purpose."""
+        if self._now - self._tail_at > 3.0 or self._voice_at > self._tail_at + self._timing.room:
+            return False
+        if len(words(text)) < 3 or not is_echo(text, self._tail):
             return False
         self._words.dismiss()
         return True
@@ -2449,7 +2561,7 @@ class TurnTaker:
     def _silence_before_check(self, text: str) -> float:
         if takes_time(text, self._language):
             return min(self._silence * self._timing.late, self._max_silence)
-        ended = text.rstrip().rstrip("\"'”’»)")[-1:]
+        ended = _unquoted(text)[-1:]
         return 0.0 if ended and ended in self._settings.vad.punctuation_trigger else self._silence
 
     def _answer(self, turn: _Turn) -> bool:
@@ -2536,9 +2648,10 @@ class TurnTaker:
 
     def _barge_in_by_hand(self, turn: _Turn, commit_by: float) -> bool:
         """Push-to-talk while the answer is being made or spoken."""
-        if self._words.fresh and turn.grace is not None and not turn.run.audible:
-            self._take_back(turn, self._words.fresh)
-        elif self._words.fresh:
+        said = self._pending()
+        if said and turn.grace is not None and not turn.run.audible:
+            self._take_back(turn, said)
+        elif said:
             self._interrupt(turn)
         elif self._finalizing and not self._reached(commit_by):
             return False
@@ -2620,7 +2733,7 @@ class TurnTaker:
         text = self._words.fresh
         spoken = self._spoken(turn, text)
         echo = is_echo(text, spoken)
-        if text and (self._commit_by is not None or self._is_stop(text, echo)):
+        if text and (self._commit_by is not None or self._is_stop(text, spoken)):
             self._interrupt(turn)
             return True
         if not self._reached(capture.until):
@@ -2646,9 +2759,10 @@ class TurnTaker:
         seconds = 3.0 + len(text) / Ledger.CHARACTERS_A_SECOND
         return turn.run.ledger.near(self._now, seconds) if turn.run.audible else ""
 
-    def _is_stop(self, text: str, echo: bool) -> bool:
+    def _is_stop(self, text: str, spoken: str) -> bool:
         """Our own "stop the car" is no stop word; "stop" is, whoever else says it."""
-        return is_stop(text, self._language) and not (echo and len(words(text)) > 2)
+        users = text if len(words(text)) < 3 else beside_echo(text, spoken)
+        return is_stop(users, self._language)
 
     def _ask_whether_meant(self, turn: _Turn, capture: _Capture, text: str, spoken: str, last: bool) -> bool:
         key, question = words(text), capture.question
@@ -2671,6 +2785,13 @@ class TurnTaker:
             return self._dismiss(turn, text, "unclear")
         return False
 
+    def _has_asked(self, turn: _Turn) -> bool:
+        """The answer is a question and all but over: "yes" is a reply to it."""
+        ledger = turn.run.ledger
+        left = ledger.made - ledger.position(self._now)
+        is_question = _unquoted(ledger.said).endswith(_QUESTION_MARKS)
+        return turn.run.over and ledger.complete and is_question and left <= self._timing.overlap
+
     def _tell_captured(self, capture: _Capture, text: str) -> None:
         if text and not capture.told:
             capture.told = True
@@ -2679,13 +2800,12 @@ class TurnTaker:
     def _dismiss(self, turn: _Turn, text: str, reason: str) -> bool:
         """It was nothing: the answer goes on where it stopped."""
         self._do(InterruptDismissed(text, reason))
-        if reason == "unclear":
+        if reason == "unclear" or (reason == "backchannel" and self._has_asked(turn)):
             self._add_part(self._words.take())  # perhaps it was meant after all: to be answered when this is over
         else:
             self._words.dismiss()
         self._heeded, self._capture = True, None
         run = turn.run
-        run.alive = self._now
         if not run.audible:
             self._go(State.PROCESSING)
             return True
@@ -2733,7 +2853,7 @@ class TurnTaker:
 
     def _commit_soon(self, *, forced: bool, patience: float) -> None:
         """Whatever it says, as soon as the last words of it are there."""
-        if self._commit_by is None and (self._pending() or not forced):
+        if self._commit_by is None and (self._has_said_something() or not forced):
             self._commit_by, self._forced = self._now + patience, forced
 
     def _type(self, blocks: list[JSON]) -> None:
@@ -2862,7 +2982,8 @@ class TurnTaker:
     def _forget_murmur(self, turn: _Turn) -> None:
         """What was said along with the answer and is no turn of its own."""
         text = self._words.text
-        if text and (is_backchannel(text, self._language) or is_echo(text, turn.run.ledger.said)):
+        is_reply = self._has_asked(turn) and self._now - self._words_at <= self._timing.overlap
+        if is_echo(text, turn.run.ledger.said) or (is_backchannel(text, self._language) and not is_reply):
             self._words.dismiss()
 
     # -- Small things --
@@ -2870,6 +2991,11 @@ class TurnTaker:
     def _pending(self) -> str:
         """The words of the turn that is being spoken."""
         return _transcript([*(part for part in self._parts if isinstance(part, str)), self._words.fresh])
+
+    def _has_said_something(self) -> bool:
+        """Whether a turn has begun: "um" is none."""
+        text = self._pending()
+        return text != "" and not is_filler(text, self._language)
 
     def _key(self) -> object:
         """What is about to be committed; a full stop more or less makes no difference."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from textwrap import dedent
@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import live
 from live import (
     Action,
     AudioDone,
@@ -80,15 +81,17 @@ from live import (
     TurnTaker,
     UserWords,
     answer_messages,
+    beside_echo,
     is_backchannel,
     is_echo,
+    is_filler,
     is_finished,
     is_stop,
     read_config,
     takes_time,
     words,
 )
-from providers import InvalidRequestError, ProviderError
+from providers import InvalidRequestError, ProviderError, parse_request
 from voice import Flushed, Transcript, TurnEagerEnd, TurnEnded, TurnResumed, TurnStarted, Word
 
 JSON = dict[str, Any]
@@ -227,8 +230,9 @@ class Room:
             case ReleaseRun():
                 run = self.runs[action.response_id]
                 run.held = False
-                for event in run.waiting:
-                    self.soon(run.reply.late if isinstance(event, (Timed, AudioMade, SpeechEnded)) else 0, event)
+                for number, event in enumerate(run.waiting, -len(run.waiting)):  # before what comes now
+                    late = run.reply.late if isinstance(event, (Timed, AudioMade, SpeechEnded)) else 0
+                    heapq.heappush(self.queue, (self.now + late, number, event))
             case ContinueRun():
                 self.step(action.response_id, is_last=not action.tools)
             case CancelRun():
@@ -295,6 +299,17 @@ class Room:
             self.feed(AudioSent(response_id, 0.125))
         if run.sent < run.made - 1e-6 and run.audio:
             self.soon(0.1, Pump(response_id))
+
+    def heard(self, action: Action) -> str:
+        """What of an answer has been heard when it ends so."""
+        match action:
+            case Interrupted():
+                return action.partial_text
+            case AudioDone():
+                run = self.runs[action.response_id]
+                return " ".join(step for step in run.reply.steps[: run.at_step] if isinstance(step, str))
+            case _:
+                return ""
 
     def told(self, *also: str) -> list[str]:
         """What was done, a line for each time; of some kinds only if they are asked for."""
@@ -396,16 +411,31 @@ class Rules:
 
     def __init__(self, turns: TurnTaker) -> None:
         self.turns = turns
+        self.now = 0.0
         self.turn: str | None = None
         self.run: str | None = None
         self.held: str | None = None
         self.grace = self.detecting = False
         self.audio = ""  # "", on, paused
         self.paused_at = 0.0
+        self.played = 0.0  # seconds that the audio of the run was on, and …
+        self.sent = 0.0  # … seconds of it that went out: what the user can have heard at most
+        self.said = ""  # by the run
+        self.broken_off = False  # the model wants to go on with its own message
         self.over: set[str] = set()
         self.committed: list[str] = []  # of turns that stay
+        self.ended: list[str] = []  # turns
+        self.unmeasured: str | None = None  # a turn that has just ended
 
     def check(self, now: float, event: Event, actions: list[Action]) -> None:
+        self.played += now - self.now if self.audio == "on" else 0.0
+        self.now = now
+        if isinstance(event, Said) and event.response_id == self.run:
+            self.said += event.text
+        if isinstance(event, AudioSent) and event.response_id == self.run:
+            self.sent += event.seconds
+        if isinstance(event, StepEnded):
+            self.broken_off = event.stop_reason == "pause_turn"
         for action in actions:
             self.follow(now, action)
         assert self.turns.deadline is None or self.turns.deadline > now
@@ -414,12 +444,19 @@ class Rules:
         assert (self.turns.state is State.INTERRUPT_CAPTURING) == self.detecting
         assert self.turns.state is not State.GRACE or self.grace
         assert self.turns.state is not State.SPEAKING or self.audio == "on"
+        assert self.turns.state in (State.SPEAKING, State.PROCESSING) or self.audio != "on"
+        assert self.unmeasured is None, "a turn without metrics"
         valid(self.turns.messages, is_open=self.turn is not None)
 
     def follow(self, now: float, action: Action) -> None:
+        if not isinstance(action, (Interrupted, TurnFailed)):
+            assert getattr(action, "response_id", None) not in self.over, "of an answer that is over"
         match action:
+            case StateChanged():
+                assert action.state is not State.PROCESSING or not self.grace or self.sent > 0
             case Committed():
                 assert self.turn is None, "two turns at once"
+                assert action.turn_id not in self.ended
                 self.turn = action.turn_id
                 self.committed.append(action.transcript)
             case StartRun(held=True):
@@ -429,23 +466,22 @@ class Rules:
                 valid(action.messages, asks=True)
             case StartRun():
                 assert self.turn is not None
-                assert self.run is None
                 assert self.held is None
-                self.run = action.response_id
+                self.begin(action.response_id)
                 valid(action.messages, asks=True)
             case ReleaseRun():
                 assert self.turn is not None
-                assert self.run is None
                 assert self.held == action.response_id
-                self.run, self.held = self.held, None
+                self.begin(action.response_id)
+                self.held = None
             case ContinueRun():
                 assert self.run == action.response_id
-                valid(action.messages, asks=True)
+                valid(action.messages, asks=not self.broken_off)
             case CallTool():
                 assert self.run == action.response_id
             case CancelRun():
                 assert action.response_id in (self.run, self.held)
-                assert self.audio == "", "audio that was not flushed"
+                assert self.audio == "" or self.held == action.response_id, "audio that was not flushed"
                 self.over.add(action.response_id)
                 if self.held == action.response_id:
                     self.held = None
@@ -460,14 +496,17 @@ class Rules:
                 assert self.audio == "on"
                 assert self.detecting
                 self.audio, self.paused_at = "paused", now
+                self.heard(action.position)
             case ResumeAudio():
                 assert self.run == action.response_id
                 assert self.audio == "paused"
                 self.audio = "on"
+                self.heard(action.position)
             case FlushAudio():
                 assert self.run == action.response_id
                 assert self.audio
                 self.audio = ""
+                self.heard(action.position)
             case GraceStarted():
                 assert not self.grace
                 assert self.turn is not None
@@ -477,10 +516,12 @@ class Rules:
                 self.grace = False
             case GraceExtended():
                 assert self.grace
+                assert self.run is None
                 assert self.audio == ""
                 self.grace = False
                 self.committed.pop()
                 self.end(action.turn_id)
+                self.unmeasured = None
             case InterruptDetecting():
                 assert not self.detecting
                 assert self.turn is not None
@@ -494,16 +535,35 @@ class Rules:
                 assert self.run == action.response_id
                 assert self.audio != "paused"
                 assert not self.detecting
+                self.heard(action.duration)
                 self.over.add(action.response_id)
                 self.audio, self.run = "", None
                 self.end_turn()
-            case Interrupted() | TurnFailed():
+            case Interrupted():
+                assert self.run is None
+                assert self.audio == ""
+                self.detecting = False
+                self.heard(action.position)
+                assert self.said.strip().startswith(action.partial_text)
+                assert action.position > 0 or not action.partial_text
+                self.end(action.turn_id)
+            case TurnFailed():
                 assert self.run is None
                 assert self.audio == ""
                 self.detecting = False
                 self.end(action.turn_id)
+            case TurnMetrics():
+                assert self.unmeasured == action.turn_id
+                self.unmeasured = None
             case _:
                 pass
+
+    def begin(self, response_id: str) -> None:
+        assert self.run is None, "two answers at once"
+        self.run, self.audio, self.said, self.played, self.sent = response_id, "", "", 0.0, 0.0
+
+    def heard(self, position: float) -> None:
+        assert 0 <= position <= min(self.played, self.sent) + 1e-6, "more was heard than there was to hear"
 
     def end(self, turn_id: str) -> None:
         assert self.turn == turn_id
@@ -512,7 +572,8 @@ class Rules:
     def end_turn(self) -> None:
         assert self.turn is not None
         assert not self.grace
-        self.turn = None
+        self.ended.append(self.turn)
+        self.unmeasured, self.turn = self.turn, None
 
 
 def valid(messages: list[JSON], *, is_open: bool = False, asks: bool = False) -> None:
@@ -725,6 +786,34 @@ case(
     show="check run release",
 )
 case(
+    "a full stop of another script is one, too",
+    says(0, "मुझे पानी चाहिए।", 1),
+    """
+    1.3 check मुझे पानी चाहिए। · run held
+    1.4 commit मुझे पानी चाहिए। · release
+    1.7 audio
+    2.95 done 1.25
+    user: मुझे पानी चाहिए।
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"input": {"language": "hi"}},
+)
+case(
+    "other marks may be named",
+    says(0, "What time is it?", 1),
+    """
+    1.6 check What time is it? · run held
+    1.7 commit What time is it? · release
+    2 audio
+    3.25 done 1.25
+    user: What time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"vad": {"punctuation_trigger": "!"}},
+)
+case(
     "a check that is not answered is decided by the words",
     says(0, "book a flight to Rome", 1),
     """
@@ -825,6 +914,31 @@ case(
     assistant: It is noon in Paris.
     """,
     show="check run release",
+)
+case(
+    "an answer is begun early a few times in a turn, and in each turn",
+    says(0, "Book.", 0.5) + says(1, "A flight.", 1.5) + says(2, "To Rome.", 2.5) + says(6, "Thank you.", 6.5),
+    """
+    0.8 check Book. · run held
+    1.5 cancel
+    1.8 check Book. A flight. · run held
+    2.5 cancel
+    2.8 check Book. A flight. To Rome.
+    3.1 commit Book. A flight. To Rome. · run
+    3.5 audio
+    4.75 done 1.25
+    6.8 check Thank you. · run held
+    7.1 commit Thank you. · release
+    7.2 audio
+    8.45 done 1.25
+    user: Book. A flight. To Rome.
+    assistant: It is noon in Paris.
+    user: Thank you.
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    checks={"Book.": False, "Book. A flight.": False, "Book. A flight. To Rome.": None, "Thank you.": None},
+    options={"timing": Timing(speculations=2)},
 )
 case(
     "a cough during the check keeps its answer",
@@ -1011,10 +1125,30 @@ case(
     show="check run release",
 )
 case(
+    "late words do not begin the silence anew",
+    [*says(0, "book a flight", 1), (1.5, Transcript("Book a flight to Rome", True))],
+    """
+    1.7 commit Book a flight to Rome · run
+    2.1 audio
+    3.35 done 1.25
+    user: Book a flight to Rome
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    stt=None,
+    config={"vad": {"semantic_check": False}},
+)
+case(
     "nobody there",
-    [(1, AudioReceived())],
+    [(1, AudioReceived()), (30, InputText("Hello.")), (31, AudioReceived())],
     """
     21 idle
+    30 commit Hello. · run
+    30.4 audio
+    31.65 done 1.25
+    51 idle
+    user: Hello.
+    assistant: It is noon in Paris.
     """,
     show="check run release",
     options={"timing": Timing(idle=20)},
@@ -1146,6 +1280,25 @@ case(
     options={"stt_turns": True},
 )
 case(
+    "what the client says of an interruption is a turn that has ended",
+    [*streamed(0, "What time is it?", 1), (3, InputInterrupt("And in Rome?"))],
+    """
+    1.3 run held
+    1.5 commit What time is it? · release
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < And in Rome? · commit And in Rome? · run
+    3.4 audio
+    4.65 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    replies=[STORY],
+    options={"stt_turns": True},
+)
+case(
     "vad as turn detection leaves its turns alone",
     streamed(0, "What time is it?", 1),
     """
@@ -1272,6 +1425,43 @@ case(
     """,
     replies=[STORY],
     config={"input": {"turn_detection": "manual"}},
+)
+case(
+    "released while words wait that were perhaps meant, it interrupts with them",
+    [*ASK, *says(3, "What about Rome?", 3.5), (5, InputCommit())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.6 meant? What about Rome?
+    3.9 dismiss unclear What about Rome? · resume 1.50
+    5 flush 2.60 · cancel · interrupt Once upon a time there was a king who had < What about Rome?
+    5.1 commit What about Rome?
+    5.5 audio
+    6.75 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had [interrupted]
+    user: What about Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    interrupts={"What about Rome?": None},
+)
+case(
+    "released without a sign from the detector, it asks for the words again",
+    [*noise(0, 0.5), (2, Transcript("Hello", False)), (2.5, InputCommit())],
+    """
+    0.8 finalize
+    2.5 finalize
+    2.9 commit Hello
+    3.3 audio
+    4.55 done 1.25
+    user: Hello
+    assistant: It is noon in Paris.
+    """,
+    show="finalize",
+    config={"input": {"turn_detection": "manual"}},
+    stt=None,
 )
 case(
     "in automatic mode it ends the turn at once",
@@ -1409,6 +1599,55 @@ case(
     7.8 commit In Rome.
     8.1 audio
     9.35 expired · done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="expired",
+    replies=[Reply(first=9)],
+)
+case(
+    "speech that begins within grace and whose words come long after it interrupts",
+    [*ASK, (6.36, SpeechStarted(0.06)), (7.35, Transcript("In Rome.", False)), (8, SpeechStopped(0.3))],
+    """
+    1.4 commit What time is it?
+    7.3 expired
+    7.35 detect
+    7.95 meant? In Rome.
+    8.05 cancel · interrupt - < In Rome.
+    8.15 commit In Rome.
+    8.45 audio
+    9.7 expired · done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="expired",
+    replies=[Reply(first=9)],
+)
+case(
+    "a word at the very end of grace is in time",
+    [*ASK, (6.39, Transcript("In Rome.", False))],
+    """
+    1.4 commit What time is it?
+    6.39 cancel · extend What time is it? + In Rome.
+    6.49 commit What time is it? In Rome.
+    6.79 audio
+    8.04 done 1.25
+    user: What time is it? In Rome.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=9)],
+)
+case(
+    "and one at the end of it is late",
+    [*ASK, (6.4, Transcript("In Rome.", False))],
+    """
+    1.4 commit What time is it?
+    6.4 expired · detect
+    7 meant? In Rome.
+    7.1 cancel · interrupt - < In Rome.
+    7.2 commit In Rome.
+    7.5 audio
+    8.75 expired · done 1.25
     user: What time is it? | In Rome.
     assistant: It is noon in Paris.
     """,
@@ -1677,6 +1916,54 @@ case(
     interrupts={"What about": None},
 )
 case(
+    "words that came while the model was asked are asked about again",
+    [
+        *ASK,
+        (3.06, SpeechStarted(0.06)),
+        (3.5, Transcript("Honey", False)),
+        (3.8, Transcript("Honey, no, I mean Rome", False)),
+        (4, SpeechStopped()),
+    ],
+    """
+    1.65 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.6 meant? Honey
+    3.95 meant? Honey, no, I mean Rome
+    4.3 flush 1.50 · cancel · interrupt Once upon a time there was < Honey, no, I mean Rome
+    4.95 commit Honey, no, I mean Rome
+    5 audio
+    6.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was [interrupted]
+    user: Honey, no, I mean Rome
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    delay=0.35,
+    interrupts={"Honey": False},
+)
+case(
+    "words that come late are decided in time",
+    [*ASK, (3.06, SpeechStarted(0.06)), (5.3, Transcript("What about", False)), (7, SpeechStopped())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    5.3 meant? What about
+    5.7 flush 1.50 · cancel · interrupt Once upon a time there was < What about
+    8.3 commit What about
+    8.7 audio
+    9.95 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was [interrupted]
+    user: What about
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    interrupts={"What about": None},
+)
+case(
     "no answer and speech that goes on: the answer yields",
     [*ASK, (3.06, SpeechStarted(0.06)), (3.5, Transcript("What about", False)), (6, SpeechStopped())],
     """
@@ -1731,6 +2018,20 @@ case(
     assistant: Once upon a time there [interrupted]
     user: What about Rome?
     assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
+    "what is made while it is paused is heard after it",
+    [*ASK, *noise(3, 3.4), (3.3, Said("", "And so on. ")), (3.3, AudioMade("", 0.75)), (3.4, SpeechEnded(""))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    3.7 dismiss no_speech · resume 1.50
+    7.45 done 5.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
     """,
     replies=[STORY],
 )
@@ -1963,6 +2264,24 @@ case(
     replies=[STORY],
 )
 case(
+    "by the client, with words of which we have heard more",
+    [*ASK, (3, Transcript("And in Rome please", False)), (3.1, InputInterrupt("And in Rome"))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 detect · pause 1.30
+    3.1 flush 1.30 · cancel · interrupt Once upon a time there < And in Rome please
+    3.7 commit And in Rome please
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome please
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
     "by the client when nothing is being said",
     [(1, InputInterrupt())],
     """
@@ -2044,6 +2363,106 @@ case(
     assistant: Once upon a time there was a king who had three sons and one day he called them.
     """,
     replies=[STORY],
+)
+case(
+    "who repeats its last words after the end means them",
+    ASK + says(3.5, "noon in Paris", 4.3),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.95 done 1.25
+    5 commit noon in Paris
+    5.3 audio
+    6.55 done 1.25
+    user: What time is it?
+    assistant: It is noon in Paris.
+    user: noon in Paris
+    assistant: It is noon in Paris.
+    """,
+)
+case(
+    "stop over an echo is heard",
+    ASK + says(2.6, "upon a time there stop", 3.6),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.6 flush 1.10 · cancel · interrupt Once upon a time < upon a time there stop
+    4.3 commit upon a time there stop
+    4.6 audio
+    5.85 done 1.25
+    user: What time is it?
+    assistant: Once upon a time [interrupted]
+    user: upon a time there stop
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+)
+case(
+    "yes before the end of a question is a reply to it",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.2 dismiss backchannel Yes. · resume 1.10
+    3.6 done 1.5
+    3.7 commit Yes.
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Shall I book that one now?
+    user: Yes.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(["Shall I book that one now?"])],
+)
+case(
+    "in the middle of it it is none",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    2.8 detect · pause 1.10
+    3.2 dismiss backchannel Yes. · resume 1.10
+    5.35 done 3.25
+    user: What time is it?
+    assistant: There is one at noon. Shall I book that one for you now?
+    """,
+    replies=[Reply(["There is one at noon. Shall I book that one for you now?"])],
+)
+case(
+    "never: yes at the end of a question is a reply to it, too",
+    ASK + says(2.6, "Yes.", 2.9),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 done 1.5
+    3.3 commit Yes.
+    3.6 audio
+    4.85 done 1.25
+    user: What time is it?
+    assistant: Shall I book that one now?
+    user: Yes.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(["Shall I book that one now?"])],
+    config={"interrupt": {"mode": "never"}},
+)
+case(
+    "however long the capture, audio does not stay paused",
+    ASK + noise(3, 8),
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.2 detect · pause 1.50
+    5.7 dismiss no_speech · resume 1.50
+    8.7 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+    config={"interrupt": {"capture_duration_ms": 10_000}},
 )
 # -- Playback --
 
@@ -2277,6 +2696,24 @@ case(
     options={"side_effects": ["pay"]},
 )
 case(
+    "and has no result before it is called",
+    [*ASK, (3, ToolReturned("resp_2_pay0", "paid"))],
+    """
+    1.4 commit What time is it?
+    3 refuse unknown_tool_call
+    6.4 call pay
+    6.9 continue
+    7.3 audio
+    7.55 done 0.25
+    user: What time is it?
+    assistant: !pay
+    user: =done
+    assistant: Paid.
+    """,
+    replies=[Reply([Tool("pay"), "Paid."])],
+    options={"side_effects": ["pay"]},
+)
+case(
     "or interrupted",
     [*ASK, (3, InputInterrupt())],
     """
@@ -2388,6 +2825,19 @@ case(
     replies=[STORY],
 )
 case(
+    "a murmur is no turn when an answer has failed, either",
+    [*ASK, *says(3, "Okay.", 3.3), (4, SpeechFailed("", GONE))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    4 flush 2.30 · cancel · fail gone
+    user: What time is it?
+    assistant: Once upon a time there was a king who [interrupted]
+    """,
+    replies=[STORY],
+    config={"interrupt": {"mode": "never"}},
+)
+case(
     "the ear fails: what was said is committed",
     [*says(0, "I want to", 1)[:2], (1.2, STTFailed(GONE))],
     """
@@ -2397,6 +2847,22 @@ case(
     user: I want to
     assistant: It is noon in Paris.
     """,
+)
+case(
+    "the ear fails while it is being decided",
+    [*ASK, *noise(3, 3.2), (3.55, STTFailed(GONE))],
+    """
+    1.7 commit What time is it?
+    1.8 audio
+    3.2 detect · pause 1.40
+    3.55 refuse None
+    3.6 dismiss no_speech · resume 1.40
+    6.7 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+    stt=None,
 )
 case(
     "a failure while it is being decided",
@@ -2449,6 +2915,43 @@ case(
     options={"timing": Timing(stall=10)},
 )
 case(
+    "reports of a client do not keep alive what never goes on",
+    [*ASK, *[(2 + n, Playback("", 0.0)) for n in range(30)]],
+    """
+    1.4 commit What time is it?
+    11.4 cancel · fail the answer does not go on
+    user: What time is it?
+    """,
+    replies=[Reply(first=50)],
+    options={"timing": Timing(stall=10)},
+)
+case(
+    "words of which no audio came were not heard",
+    [*ASK, (1.71, SpeechEnded("")), (1.9, InputInterrupt())],
+    """
+    1.4 commit What time is it?
+    1.65 call a
+    1.9 cancel · interrupt - < -
+    10.65 refuse unknown_tool_call
+    user: What time is it?
+    assistant: !a
+    user: =cancelled: the turn ended before it was done
+    """,
+    replies=[Reply(["One.", Tool("a", takes=9), "Two."], late=5)],
+)
+case(
+    "the ear fails after um: that is no turn",
+    [(0.5, Transcript("Um", False)), (1, STTFailed(GONE)), (1.2, InputCommit())],
+    """
+    1 refuse None
+    1.3 commit Um
+    1.7 audio
+    2.95 done 1.25
+    user: Um
+    assistant: It is noon in Paris.
+    """,
+)
+case(
     "late events of an answer that is over mean nothing",
     [
         *ASK,
@@ -2499,6 +3002,22 @@ case(
     """,
 )
 case(
+    "blank text is no text",
+    [
+        (0.2, InputContent([IMAGE, {"type": "text", "text": " "}])),
+        (0.3, InputContent([{"type": "text", "text": ""}])),
+        *says(1, "What is this?", 2),
+    ],
+    """
+    0.3 refuse nothing_to_commit
+    2.4 commit What is this?
+    2.7 audio
+    3.95 done 1.25
+    user: #image | What is this?
+    assistant: It is noon in Paris.
+    """,
+)
+case(
     "an image with text is a turn",
     [(1, InputContent([IMAGE, {"type": "text", "text": "What is this?"}]))],
     """
@@ -2508,6 +3027,19 @@ case(
     user: #image | What is this?
     assistant: It is noon in Paris.
     """,
+)
+case(
+    "typed text makes another turn of one whose answer has begun",
+    [*ASK, (1.35, InputText("In Rome."))],
+    """
+    1.3 run held
+    1.35 cancel · commit What time is it? In Rome. · run
+    1.75 audio
+    3 done 1.25
+    user: What time is it? | In Rome.
+    assistant: It is noon in Paris.
+    """,
+    show="run release",
 )
 case(
     "typed text ends the turn that is being spoken",
@@ -2548,6 +3080,34 @@ def test_conversation(name: str) -> None:
     assert "\n".join([*room.told(*case.show.split()), *brief(room.turns.messages)]) == case.table
 
 
+BEGINNINGS = [round(1.8 + n / 4, 2) for n in range(17)]  # from the beginning of the story to its end
+
+
+@pytest.mark.parametrize("grace", [True, False])
+@pytest.mark.parametrize("text", ["", "Okay.", "Mm-hmm, yeah.", "once upon a time", "Honey, where are the keys?"])
+@pytest.mark.parametrize("start", BEGINNINGS)
+def test_what_is_not_meant_changes_nothing(start: float, text: str, grace: bool) -> None:
+    """At no point of an answer does a cough, a murmur, an echo of it or a word to somebody else change it."""
+    room = Room([STORY], interrupts={text: False}, config={"grace_period": {"enabled": grace}})
+    over = says(start, text, start + 0.5) if text else noise(start, start + 0.5)
+    room.play([(at, copy(event)) for at, event in [*ASK, *over]])
+    assert brief(room.turns.messages) == ["user: What time is it?", f"assistant: {STORY.steps[0]}"]
+
+
+@pytest.mark.parametrize("text", ["Stop.", "Okay, wait.", "What about Rome?"])
+@pytest.mark.parametrize("start", BEGINNINGS)
+def test_what_is_meant_interrupts(start: float, text: str) -> None:
+    """At each point of an answer; and what was heard of it until then is what history holds."""
+    room = Room([STORY])
+    room.play([(at, copy(event)) for at, event in [*ASK, *says(start, text, start + 0.5)]])
+    paused = next(action.position for _, action in room.log if isinstance(action, PauseAudio))
+    heard = STORY.steps[0].split()[: int((paused - 0.2) / PACE + 1 + 1e-6)]
+    partly = [f"assistant: {' '.join(heard)} [interrupted]"] * bool(heard)
+    assert start + 0.2 - 1.7 <= paused + 1e-6 <= start + 0.3 - 1.7
+    assert brief(room.turns.messages)[: 1 + len(partly)] == ["user: What time is it?", *partly]
+    assert brief(room.turns.messages)[1 + len(partly) :] == [f"user: {text}", "assistant: It is noon in Paris."]
+
+
 def test_metrics_tell_what_the_user_waited_for() -> None:
     """The times of a turn are the clock's: end of speech, final transcript, decision, first token, first audio."""
     room = Room(replies=[Reply(first=2.0), STORY])
@@ -2555,6 +3115,14 @@ def test_metrics_tell_what_the_user_waited_for() -> None:
     metrics = [action for _, action in room.log if isinstance(action, TurnMetrics)]
     times = [pytest.approx(time) for time in (2.8, 3.2, 3.2, 3.4, 3.5)]
     assert metrics == [TurnMetrics(metrics[0].turn_id, *times, cancelled_runs=1)]
+
+
+def test_metrics_of_what_was_typed() -> None:
+    """There was no speech that could have ended, and no transcript; an answer that was not heard has no audio."""
+    room = Room([Reply(first=2)])
+    room.play([(1, SpeechStarted()), (1.5, SpeechStopped()), (9, InputText("Hello.")), (10, InputInterrupt())])
+    metrics = [action for _, action in room.log if isinstance(action, TurnMetrics)]
+    assert metrics == [TurnMetrics(metrics[0].turn_id, decision=9)]
 
 
 def test_a_frame_of_audio_costs_nothing() -> None:
@@ -2574,43 +3142,15 @@ def test_what_was_said_before_the_session_is_history() -> None:
 
 # == Any order =========================================================================================================
 
-HEARD = ["word", "word", "okay", "stop", "um", "word and", "one two three"]
+HEARD = ["word", "word", "okay", "stop", "um", "word and", "one two three", "no problem", "555 word"]
+DELAYS = [*(0.0, 0.0, 0.0, 0.05, 0.05, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.0, 2.0, 2.5, 6.0), 40.0]
 OPERATIONS = [
-    "utterance",
-    "utterance",
-    "answer",
-    "answer",
-    "speech",
-    "silence",
-    "interim",
-    "final",
-    "flushed",
-    "turn start",
-    "eager end",
-    "resume",
-    "turn end",
-    "yes",
-    "no",
-    "dunno",
-    "commit",
-    "interrupt",
-    "text",
-    "image",
-    "playback",
-    "token",
-    "step",
-    "tools",
-    "failed",
-    "returned",
-    "said",
-    "timed",
-    "made",
-    "sent",
-    "spoken",
-    "speech failed",
-    "frame",
-    "ear failed",
-    "tick",
+    *("utterance", "utterance", "question", "question", "question", "answer", "answer", "answer", "answer"),
+    *("barge-in", "barge-in", "barge-in", "speech", "silence", "silence", "interim", "interim", "final", "flushed"),
+    *("turn start", "eager end", "resume", "turn end", "yes", "no", "dunno"),
+    *("commit", "interrupt", "interrupt with words", "text", "image", "image with text", "playback"),
+    *("token", "step", "tools", "two tools", "pause_turn", "failed", "returned", "tool failed", "said", "timed"),
+    *("made", "sent", "sent", "spoken", "speech failed", "frame", "frame", "ear failed", "tick", "eternity"),
 ]
 
 
@@ -2626,11 +3166,13 @@ class Chaos:
         self.runs = ["resp_0"]
         self.calls = ["toolu_0"]
         self.questions = [0]
-        self.finals: list[str] = []
+        self.said: list[str] = []
         self.dismissed = ""
 
     def feed(self, *events: Event) -> None:
         for event in events:
+            if isinstance(event, AudioSent) and (event.response_id, "on") != (self.rules.run, self.rules.audio):
+                continue
             actions = self.turns.handle(self.now, event)
             self.rules.check(self.now, event, actions)
             for action in actions:
@@ -2652,25 +3194,45 @@ class Chaos:
         self.now = until
 
     def say(self, kind: str) -> None:
-        word = kind.replace("word", f"w{next(self.numbers)}")
-        self.utterance = f"{self.utterance} {word}"
+        self.utterance += f" {kind.replace('word', self.word()) if 'word' in kind else kind}"
+
+    def word(self) -> str:
+        """One that nobody has said before."""
+        self.said.append(f"w{next(self.numbers)}")
+        return self.said[-1]
 
     def end_utterance(self) -> list[Event]:
         final, self.utterance = self.utterance, ""
-        self.finals.append(final)
         return [Transcript(final, True)] if final else []
 
+    def tools(self, count: int) -> list[JSON]:
+        ids = [f"toolu_{next(self.numbers)}" for _ in range(count)]
+        return [{"type": "tool_use", "id": use, "name": "ab"[n], "input": {}} for n, use in enumerate(ids)]
+
     def act(self, operation: str, which: int, kind: str) -> None:
-        run = self.runs[-1 - which % min(2, len(self.runs))]
+        current = self.rules.run or self.rules.held or self.runs[-1]
+        run = current if which > 1 else self.runs[-1 - which % len(self.runs)]
         error = ProviderError("broken", provider="openai")
+        text = block("one two three four")
         match operation:
             case "utterance":
                 self.say(kind)
                 self.feed(SpeechStarted(0.06), Transcript(self.utterance, False), SpeechStopped(0.3))
                 self.feed(*self.end_utterance(), Flushed())
+            case "question":
+                self.act("utterance", which, kind)
+                self.wait(0.7)
+                self.act("yes", 0, kind)
+                self.act("commit", which, kind) if which % 3 else self.wait(3)
             case "answer":
-                self.feed(FirstToken(run), Said(run, "one two three four "), AudioMade(run, 1), AudioSent(run, 1))
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two three four"}]), SpeechEnded(run))
+                self.feed(FirstToken(run), Said(run, "one two three four "), AudioMade(run, 2), AudioSent(run, 1))
+                times = tuple(Word(word, n / 2, n / 2 + 0.4) for n, word in enumerate(text["text"].split()))
+                self.feed(Timed(run, times), AudioSent(run, 1), StepEnded(run, [text]), SpeechEnded(run))
+            case "barge-in":
+                self.feed(SpeechStarted(0.06))
+                self.wait(0.2)
+                self.say(kind)
+                self.feed(Transcript(self.utterance, False))
             case "speech":
                 self.feed(SpeechStarted(0.06))
             case "silence":
@@ -2689,8 +3251,8 @@ class Chaos:
             case "resume":
                 self.feed(TurnResumed())
             case "turn end":
-                text = self.utterance
-                self.feed(*self.end_utterance(), TurnEnded(text))
+                final = self.utterance
+                self.feed(*self.end_utterance(), TurnEnded(final))
             case "yes" | "no" | "dunno":
                 answer = {"yes": True, "no": False, "dunno": None}[operation]
                 question = self.questions[-1 - which % len(self.questions)]
@@ -2699,23 +3261,31 @@ class Chaos:
                 self.feed(InputCommit())
             case "interrupt":
                 self.feed(InputInterrupt())
+            case "interrupt with words":
+                self.feed(InputInterrupt(self.word()))
             case "text":
-                self.feed(InputText(f"w{next(self.numbers)}"))
+                self.feed(InputText(self.word()))
             case "image":
                 self.feed(InputContent([IMAGE]))
+            case "image with text":
+                self.feed(InputContent([IMAGE, {"type": "text", "text": self.word()}]))
             case "playback":
                 self.feed(Playback(run, which / 4))
             case "token":
                 self.feed(FirstToken(run))
             case "step":
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two three four"}]))
+                self.feed(StepEnded(run, [text]))
             case "tools":
-                use = {"type": "tool_use", "id": f"toolu_{next(self.numbers)}", "name": "a", "input": {}}
-                self.feed(StepEnded(run, [{"type": "text", "text": "one two"}, use]))
+                self.feed(StepEnded(run, [text, *self.tools(1)], "tool_use"))
+            case "two tools":
+                self.feed(StepEnded(run, [THINKING, *self.tools(2)], "tool_use"))
+            case "pause_turn":
+                self.feed(StepEnded(run, [text], "pause_turn"))
             case "failed":
                 self.feed(RunFailed(run, error))
-            case "returned":
-                self.feed(ToolReturned(self.calls[-1], "result"))
+            case "returned" | "tool failed":
+                call = self.calls[-1 - which % min(3, len(self.calls))]
+                self.feed(ToolReturned(call, "result", operation == "tool failed"))
             case "said":
                 self.feed(Said(run, "one two three four "))
             case "timed":
@@ -2731,61 +3301,207 @@ class Chaos:
             case "frame":
                 self.feed(AudioReceived())
             case "ear failed":
-                self.feed(STTFailed(error))
+                self.feed(*self.end_utterance(), STTFailed(error))
+            case "eternity":
+                self.wait(1000)
             case _:
                 self.feed(Tick())
 
+    def rest(self) -> None:
+        """The user falls silent, and nothing more comes: no answer that was begun gets anywhere."""
+        self.feed(SpeechStopped(), *self.end_utterance(), Flushed())
+        self.wait(3600)
+        assert self.turns.state is State.LISTENING, "stuck"
+        self.feed(InputCommit())  # of what was said where nobody but the user ends a turn
+        self.wait(3600)
+        assert self.turns.state is State.LISTENING, "stuck"
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "input": st.fixed_dictionaries({"turn_detection": st.sampled_from(["auto", "stt", "vad", "manual"])}),
+        "grace_period": st.fixed_dictionaries(
+            {"enabled": st.booleans(), "duration_ms": st.sampled_from([0, 300, 5000, 5000, 60_000])}
+        ),
+        "interrupt": st.fixed_dictionaries(
+            {
+                "mode": st.sampled_from(["auto", "auto", "always", "never"]),
+                "save_partial": st.sampled_from(["none", "marked", "full"]),
+                "semantic_check": st.sampled_from([True, True, False]),
+                "capture_duration_ms": st.sampled_from([0, 600, 600, 10_000]),
+            }
+        ),
+        "vad": st.fixed_dictionaries(
+            {
+                "semantic_check": st.sampled_from([True, True, False]),
+                "silence_duration_ms": st.sampled_from([0, 600, 600, 600, 10_000]),
+                "max_silence_ms": st.sampled_from([0, 3000, 3000]),
+                "min_words_for_check": st.sampled_from([0, 1, 3]),
+            }
+        ),
+    }
+)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     script=st.lists(
-        st.tuples(
-            st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.7, 2.0, 6.0]),
-            st.sampled_from(OPERATIONS),
-            st.integers(0, 12),
-            st.sampled_from(HEARD),
-        ),
+        st.tuples(st.sampled_from(DELAYS), st.sampled_from(OPERATIONS), st.integers(0, 12), st.sampled_from(HEARD)),
+        min_size=12,
         max_size=60,
     ),
-    detection=st.sampled_from(["auto", "vad", "manual"]),
+    config=SETTINGS,
     stt_turns=st.booleans(),
-    mode=st.sampled_from(["auto", "always", "never"]),
-    grace=st.booleans(),
-    save_partial=st.sampled_from(["none", "marked", "full"]),
-    semantic_check=st.booleans(),
+    side_effects=st.sampled_from(["", "a", "ab"]),
 )
 def test_any_order_of_events_keeps_the_rules(
-    script: list[tuple[float, str, int, str]],
-    detection: str,
-    stt_turns: bool,
-    mode: str,
-    grace: bool,
-    save_partial: str,
-    semantic_check: bool,
+    script: list[tuple[float, str, int, str]], config: JSON, stt_turns: bool, side_effects: str
 ) -> None:
-    """Whatever comes when: the rules hold, no state is stuck, and each word is in one turn at most."""
-    config = {
-        "input": {"turn_detection": detection},
-        "grace_period": {"enabled": grace},
-        "interrupt": {"mode": mode, "save_partial": save_partial, "semantic_check": semantic_check},
-        "vad": {"semantic_check": semantic_check},
-    }
-    turns = TurnTaker(LiveVoice.model_validate(config), stt_turns=stt_turns, side_effects={"a"})
+    """Whatever comes when: the rules hold, no state is stuck, and each word is in exactly one turn."""
+    turns = TurnTaker(LiveVoice.model_validate(config), stt_turns=stt_turns, side_effects=side_effects)
     chaos = Chaos(turns)
     for delay, operation, which, kind in script:
         chaos.wait(delay)
         chaos.act(operation, which, kind)
-    chaos.feed(SpeechStopped(), *chaos.end_utterance(), Flushed())
-    for _ in range(8):  # every answer that is still begun gets nowhere
-        chaos.wait(200)
-    assert turns.state is State.LISTENING
-    assert not chaos.rules.detecting
-    kept = " ".join(brief(turns.messages)).replace("|", " ").split()
-    numbered = [word for word in kept if word.startswith("w") and word[1:].isdigit()]
-    assert len(numbered) == len(set(numbered)), "a word in two turns"
-    if detection != "manual":
-        said = {word for final in chaos.finals for word in final.split() if word.startswith("w")}
-        assert said <= {*numbered, *chaos.dismissed.split()}, "a word was lost"
+    chaos.rest()
+    asked = words_of("user", turns.messages)
+    assert asked == words(" ".join(chaos.rules.committed)), "history is not what was committed"
+    assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
+    assert {*chaos.said} <= {*asked, *words(chaos.dismissed)}, "a word was lost"
+    parse_request({"model": "openai/any", "messages": [*turns.messages, {"role": "user", "content": "."}]})
+
+
+def words_of(role: str, messages: list[JSON]) -> list[str]:
+    """All that the user or the assistant says in a history."""
+    contents = [message["content"] for message in messages if message["role"] == role]
+    blocks = [[block(content)] if isinstance(content, str) else content for content in contents]
+    texts = [one["text"].removesuffix("[interrupted]") for one in itertools.chain(*blocks) if one["type"] == "text"]
+    return [word for text in texts for word in words(text)]
+
+
+def numbered(said: list[str]) -> list[str]:
+    return [word for word in said if word[0] == "w" and word[1:].isdigit()]
+
+
+class Talk(Room):
+    """A room whose speech service says again what is not final yet, with what is new."""
+
+    def perform(self, action: Action) -> None:
+        if isinstance(action, FinalizeSTT):
+            self.soon(self.stt or 0.0, Flushed())
+        else:
+            super().perform(action)
+
+    def feed(self, event: Event) -> None:
+        match event:
+            case Transcript(text, False):
+                event = Transcript(f"{self.interim} {text}".strip(), False)
+            case Transcript(text, True):
+                event = Transcript(self.interim, True)
+            case Flushed() if self.interim:
+                super().feed(Transcript(self.interim, True))
+            case _:
+                pass
+        super().feed(event)
+
+
+class Fickle(dict[str, bool | None]):
+    """A fast model that answers this and that, whatever it is asked."""
+
+    def __init__(self, answers: Sequence[bool | None]) -> None:
+        super().__init__()
+        self.answers = itertools.cycle(answers)
+
+    def get(self, asked: str, default: object = None) -> bool | None:  # type: ignore[override]
+        return next(self.answers)
+
+
+LONG = Reply(["Let me look.", Tool("a", takes=2), *STORY.steps, Tool("b", takes=None), "Nothing."])
+REPLIES = [
+    *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(["Wait.", Tool("a"), Tool("b"), "So?"])),
+    *(Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7), Reply(STORY.steps, timed=False)),
+    Reply(fails=True, first=1),
+]
+DEEDS = ["says", "says", "says", "says", "says", "noise", "text", "interrupt", "commit", "image", "report", "fail"]
+REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "No, {}.", "Okay.", "Stop.", "Um", "upon a time there"]
+
+
+def spoken_script(deeds: list[tuple[float, str, str, float]], stt_turns: bool) -> tuple[Script, list[str]]:
+    """What a user does one after the other, and the words that are there only once."""
+    script: Script = []
+    at, numbers, said = 0.5, itertools.count(1), []
+    for gap, deed, remark, length in deeds:
+        at += gap
+        text = remark.format(f"w{next(numbers)}")
+        if deed in ("says", "text"):
+            said += numbered(words(text))
+        match deed:
+            case "says":
+                script += streamed(at, text, at + length) if stt_turns else says(at, text, at + length)
+            case "noise":
+                script += noise(at, at + length)
+            case "text":
+                script.append((at, InputText(text)))
+            case "interrupt":
+                script.append((at, InputInterrupt()))
+            case "commit":
+                script.append((at, InputCommit()))
+            case "image":
+                script.append((at, InputContent([IMAGE])))
+            case "report":
+                script.append((at, Playback("", length)))
+            case _:
+                script.append((at, SpeechFailed("", GONE)))
+        at += length
+    return [*script, (at + 900, InputCommit())], said
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    deeds=st.lists(
+        st.tuples(
+            st.sampled_from([0.05, 0.2, 0.45, 0.7, 1.1, 1.6, 2.5, 5.2, 9.0]),
+            st.sampled_from(DEEDS),
+            st.sampled_from(REMARKS),
+            st.sampled_from([0.15, 0.4, 0.8, 1.5, 4.0]),
+        ),
+        min_size=6,
+        max_size=16,
+    ),
+    replies=st.lists(st.sampled_from(REPLIES), min_size=1, max_size=6),
+    checks=st.lists(st.sampled_from([True, True, False, None]), min_size=1, max_size=5),
+    delay=st.sampled_from([0.05, 0.1, 0.35, 1.0, None]),
+    stt=st.sampled_from([0.05, 0.1, 0.3, 0.9]),
+    config=SETTINGS,
+    stt_turns=st.booleans(),
+    side_effects=st.sampled_from(["", "a", "ab"]),
+)
+def test_any_conversation_keeps_the_rules(
+    deeds: list[tuple[float, str, str, float]],
+    replies: list[Reply],
+    checks: list[bool | None],
+    delay: float | None,
+    stt: float,
+    config: JSON,
+    stt_turns: bool,
+    side_effects: str,
+) -> None:
+    """Where the services do what they should, however slowly: every word that was said is in one turn or was told to be
+    dismissed, and of each answer history holds what was heard."""
+    options = {"stt_turns": stt_turns, "side_effects": side_effects}
+    fickle = Fickle(checks)
+    room = Talk([*replies, *replies], fickle, fickle, delay, stt, config, options)
+    script, said = spoken_script(deeds, stt_turns)
+    room.play(script, until=script[-1][0] + 900)
+    assert room.turns.state is State.LISTENING, "stuck"
+    asked = words_of("user", room.turns.messages)
+    assert asked == words(" ".join(room.rules.committed)), "history is not what was committed"
+    assert len(numbered(asked)) == len(set(numbered(asked))), "a word in two turns"
+    dismissed = [word for _, one in room.log if isinstance(one, InterruptDismissed) for word in words(one.transcript)]
+    assert {*said} <= {*asked, *dismissed}, "a word was lost"
+    heard = [word for _, one in room.log for word in words(room.heard(one))]
+    if config["interrupt"]["save_partial"] != "none" and not any(isinstance(one, TurnFailed) for _, one in room.log):
+        assert words_of("assistant", room.turns.messages) == heard, "history is not what was heard"
 
 
 # == Heard text ========================================================================================================
@@ -2939,6 +3655,7 @@ def test_a_position_never_goes_back(operations: list[tuple[str, float]]) -> None
         ([("Book a flight", False), "take", "part", ("And a hotel", False)], "And a hotel"),
         ([("Yeah", False), "dismiss", ("Yeah but no", False)], "Yeah but no"),
         ([("Yeah.", True), "dismiss", ("What?", True)], "What?"),
+        ([("Yeah", False), "dismiss", ("Yeah.", True), ("What?", True)], "What?"),
         ([("今日", False), "take", ("今日は天気", True)], "は天気"),
         ([("...", False)], ""),
     ],
@@ -2966,6 +3683,9 @@ def test_no_word_is_taken_twice(heard: list[Any], left: str) -> None:
         ("ठीक है।", ["ठीक", "है"]),
         ("1000 times", ["1000", "times"]),
         ("「はい」", ["は", "い"]),
+        ("İptal", ["iptal"]),
+        ("می‌خواهم", ["میخواهم"]),
+        ("ＯＫ！", ["ok"]),
         ("…!?", []),
     ],
 )
@@ -2978,10 +3698,24 @@ def test_words(text: str, said: list[str]) -> None:
     ("language", "texts"),
     [
         ("en", "Yeah, yeah.|Uh-huh.|Mmm-hmmm|Okay.|I see.|Right, right|Oh wow, that's right.|Got it!|No problem."),
-        ("de", "Ja, ja.|Genau!|Ach so.|Mhm|Alles klar, verstehe"),
-        ("es", "Sí, sí.|Claro que sí|Vale, vale|Ajá"),
-        ("fr", "Oui oui.|D'accord.|Ah bon?|Je vois, très bien"),
-        ("hi", "हाँ हाँ|अच्छा, ठीक है।|जी हाँ|Haan ji|accha"),
+        ("en-US", "No, keep going.|Don't stop!|Yeah, don’t stop|Please go on|OK OK OK OK OK OK"),
+        ("de", "Ja, ja.|Genau!|Ach so.|Mhm|Alles klar, verstehe|Nein, mach weiter|Hör nicht auf"),
+        ("es", "Sí, sí.|Claro que sí|Vale, vale|Ajá|No pares"),
+        ("fr", "Oui oui.|D'accord.|Ah bon?|Je vois, très bien|N'arrête pas !"),
+        ("hi", "हाँ हाँ|अच्छा, ठीक है।|जी हाँ|Haan ji|accha|मत रुको"),
+        ("it", "Sì, sì.|Va bene|D'accordo, continua"),
+        ("pt_BR", "Sim, claro.|Tá bom|Não pare"),
+        ("ar", "نعم، نعم.|حسنًا|تمام، طيب|لا تتوقف"),
+        ("bn", "হ্যাঁ, ঠিক আছে।|আচ্ছা"),
+        ("ja", "はい、はい。|なるほど|うん、そうですね|止めないで"),
+        ("ko", "네, 네.|그렇군요|응 알겠어"),
+        ("nl", "Ja, precies.|Oké|Nee, ga door"),
+        ("pl", "Tak, tak.|Dobrze, rozumiem"),
+        ("ru", "Да, да.|Хорошо, понятно|Нет проблем"),
+        ("ta", "சரி, சரி.|ஆமாம்"),
+        ("te", "అవును, సరే."),
+        ("tr", "Evet, tamam.|Devam et"),
+        ("zh", "好的，明白了。|嗯，对对对|别停"),
     ],
 )
 def test_backchannels(language: str, texts: str) -> None:
@@ -2996,10 +3730,25 @@ def test_backchannels(language: str, texts: str) -> None:
     ("language", "texts"),
     [
         ("en", "Stop!|stop stop|Wait a second|Okay, wait.|Please stop.|No, I meant Rome|Hold on|Um, never mind"),
-        ("de", "Stopp!|Moment mal|Nein, nicht das|Warte bitte|Ja, aber halt"),
-        ("es", "Para.|Espera un poco|Basta ya|No.|Un momento"),
-        ("fr", "Arrête !|Attends, non|Oui mais stop|Ça suffit"),
-        ("hi", "रुको|नहीं, वो नहीं|बस|ruko zara|एक मिनट"),
+        ("en-GB", "Yeah, but stop|okay cancel it|no|No, no, no!|Could you please stop?|Just stop it|Actually, no"),
+        ("en", "No problem, but wait|Oh no, stop|Don't stop, no, stop|sorry"),
+        ("de", "Stopp!|Moment mal|Nein, nicht das|Warte bitte|Ja, aber halt|Kannst du bitte aufhören?"),
+        ("es", "Para.|Espera un poco|Basta ya|No.|Un momento|No, para|Vale, pero espera"),
+        ("fr", "Arrête !|Attends, non|Oui mais stop|Ça suffit|Tu peux arrêter ?"),
+        ("hi", "रुको|नहीं, वो नहीं|बस|ruko zara|एक मिनट|बस करो"),
+        ("it", "Aspetta un attimo|Basta.|Puoi fermarti?"),
+        ("pt", "Espera aí|Não!|Para!|Pode parar?"),
+        ("ar", "توقف!|انتظر لحظة|لا."),
+        ("bn", "থামো!|না।|এক মিনিট দাঁড়াও"),
+        ("ja", "待って！|ちょっと待ってください|いや、違う|はい、ストップ"),
+        ("ko", "잠깐만요|그만해!|아니, 로마요"),
+        ("nl", "Wacht even|Nee, Rome|Stop maar"),
+        ("pl", "Czekaj|Nie!|Dobrze, wystarczy"),
+        ("ru", "Подожди|Нет, в Риме|Да хватит"),
+        ("ta", "போதும்|நிறுத்து!"),
+        ("te", "ఆపండి|చాలు"),
+        ("tr", "Bekle|Dur!|Tamam, yeter|İptal et"),
+        ("zh", "等一下！|停|不是，是罗马|好的，停下"),
     ],
 )
 def test_stop_words(language: str, texts: str) -> None:
@@ -3009,11 +3758,54 @@ def test_stop_words(language: str, texts: str) -> None:
         assert not is_backchannel(text, language), text
 
 
-@pytest.mark.parametrize("text", ["stopwatch", "the bus stop", "What about Rome?", "Para mí, sí", "", "I said okay"])
-def test_neither(text: str) -> None:
+@pytest.mark.parametrize(
+    ("language", "texts"),
+    [
+        ("en", "stopwatch|the bus stop|What about Rome?|Para mí, sí||?!|I said okay|non-stop|I can't wait|Um, Rome"),
+        ("en", "not an interrupt|don't cancel it|Why did you stop?|Yes, book it|Okay, next|Right now|Of course not"),
+        ("en", "No problem, take your time|okay I see great perfect awesome right got it|Go ahead and book it"),
+        ("de", "die Bushaltestelle|Gut, dann buch das|im Moment nicht|stimmt nicht"),
+        ("es", "para mí un café|No sé|claro que no|no importa"),
+        ("fr", "un arrêt de bus|bien sûr que non"),
+        ("it", "No so|Fine"),
+        ("pt", "No domingo|para mim|Não sei"),
+        ("hi", "बस स्टॉप"),
+        ("ar", "لا أعرف"),
+        ("ja", "バス停はどこ？"),
+        ("zh", "停车场在哪里？|不知道"),
+        ("pl", "Nie wiem"),
+        ("tr", "durak nerede"),
+    ],
+)
+def test_neither(language: str, texts: str) -> None:
     """What has to be asked."""
-    assert not is_stop(text, "en")
-    assert not is_backchannel(text, "en")
+    for text in texts.split("|"):
+        assert not is_stop(text, language), text
+        assert not is_backchannel(text, language), text
+
+
+@pytest.mark.parametrize(
+    ("table", "joined", "is_meant"),
+    [
+        (live._FILLERS, "{}", is_filler),
+        (live._BACKCHANNELS, "{}", is_backchannel),
+        (live._STOPS, "{}", is_stop),
+        (live._WHOLE_STOPS, "{}", is_stop),
+        (live._POLITE, "{} stop", is_stop),
+        (live._OPEN, "{}.", lambda text, language: language is None or not is_finished(text, language)),
+        (live._OPEN_UNMARKED, "{}", lambda text, language: language is None or not is_finished(text, language)),
+    ],
+)
+def test_each_phrase_says_what_its_table_says(
+    table: dict[str, frozenset[tuple[str, ...]]], joined: str, is_meant: Callable[[str, str | None], bool]
+) -> None:
+    """In its own language, and where the language is not known: no phrase of another means the opposite."""
+    for language, phrases in table.items():
+        for phrase in phrases:
+            text = joined.format(" ".join(phrase))
+            assert is_meant(text, language), (language, text)
+            assert is_meant(text, None), (language, text)
+            assert is_backchannel(text) + is_stop(text) < 2, (language, text)
 
 
 @pytest.mark.parametrize(
@@ -3032,6 +3824,12 @@ def test_neither(text: str) -> None:
         ("es", "Sí|¿Qué hora es?|Quiero un café.", "Quiero|y|porque|un café con|este"),
         ("fr", "Oui|Quelle heure est-il ?|Je veux un café.", "je veux|et|parce que|un café avec|euh"),
         ("hi", "हाँ|मुझे पानी चाहिए|समय क्या है?", "मुझे|और|क्योंकि|मैं"),
+        ("ja", "はい|水をください|今何時ですか？|こんにちは", "東京に|それで|えっと|水を"),
+        ("ko", "네|지금 몇 시예요?|물 주세요", "그리고|물을|저는"),
+        ("zh", "好的|现在几点？|我要水", "然后|因为|我想要苹果和"),
+        ("ru", "Да|Который час?|Хочу кофе.", "я хочу|и|потому что"),
+        ("ar", "نعم|كم الساعة؟|أريد قهوة", "أريد|و|لأن"),
+        ("th", "ใช่|กี่โมงแล้ว?", "…|กาแฟ,"),
         (None, "No|Hello.", "and|to"),
     ],
 )
@@ -3068,10 +3866,17 @@ def test_pauses_to_be_expected(text: str, expected: bool) -> None:
         ("Upon a time, there was.", True),
         ("once upon the time there was", True),
         ("king", True),
+        ("pon a time there wa", True),
         ("who is the king", False),
         ("stop it now", False),
         ("a a a", False),
+        ("Rome upon a time there was", False),
+        ("upon a time there was Rome", False),
+        ("stop upon a time there was", False),
+        ("time was king", False),
+        ("a king a time", False),
         ("", False),
+        ("...", False),
     ],
 )
 def test_echo(text: str, expected: bool) -> None:
@@ -3079,13 +3884,41 @@ def test_echo(text: str, expected: bool) -> None:
     assert is_echo(text, "Once upon a time there was a king.") is expected
 
 
-@given(st.text(max_size=60), st.sampled_from([None, "en", "de", "es", "fr", "hi", "xx"]))
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Upon a time there was", ""),
+        ("Upon a time there was, stop", "stop"),
+        ("No! Upon a time there was", "no"),
+        ("What about Rome?", "What about Rome?"),
+        ("king Rome", "king Rome"),
+        ("", ""),
+    ],
+)
+def test_what_the_user_says_beside_an_echo(text: str, left: str) -> None:
+    """The assistant's words are taken away, those of the user stay."""
+    assert beside_echo(text, "Once upon a time there was a king.") == left
+
+
+LANGUAGES = [None, "xx", *sorted(live._BACKCHANNELS)]
+PHRASES = sorted({" ".join(one) for table in (live._BACKCHANNELS, live._STOPS, live._OPEN) for one in table["en"]})
+
+
+@given(st.text(max_size=60), st.sampled_from(LANGUAGES))
 def test_any_text_is_classified(text: str, language: str | None) -> None:
     """No text makes them fail, and none both stops and agrees."""
     assert not (is_stop(text, language) and is_backchannel(text, language))
     is_finished(text, language)
     takes_time(text, language)
     assert not words(text) or is_echo(text, f"so {text} then")
+
+
+@given(st.lists(st.sampled_from([*PHRASES, "12", "S", "Rome"]), max_size=5), st.sampled_from(LANGUAGES))
+def test_case_and_punctuation_make_no_difference(phrases: list[str], language: str | None) -> None:
+    """Whatever marks the speech service puts into what was said."""
+    plain, marked = " ".join(phrases), f"«{', '.join(phrases).upper()}»!"
+    assert is_stop(marked, language) == is_stop(plain, language)
+    assert is_backchannel(marked, language) == is_backchannel(plain, language)
 
 
 # == Settings ==========================================================================================================
