@@ -107,6 +107,7 @@ if getattr(voice, "__version__", None) != __version__:
 
 __all__ = [
     "FRAME",
+    "PATIENCE",
     "RATE",
     "Action",
     "Answer",
@@ -2943,7 +2944,12 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-_MISSED = 3.0  # seconds of audio that are kept while there is no speech service to hear them
+PATIENCE = 2.5  # seconds for a speech service to come back, or to say what it owes
+_MISSED = 60.0  # seconds of audio that are kept while there is no speech service to hear them
+_ONSET = 3.0  # … and when it fails again and again
+_UNHEARD = 5.0  # seconds of what seems to be speech, of which the speech service tells nothing
+_QUIET = 15.0  # seconds of audio without speech that it would hear again
+_ECHO_TAIL = 0.3  # seconds that our own voice is still heard after its end
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
 _GOODBYE = 0.08  # seconds for closing a socket
@@ -3320,6 +3326,12 @@ class LiveSession:
         self._microphone = 0  # samples at `RATE` so far
         self._missed: PreRoll | None = None  # what came while there was no speech service
         self._to_stt: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: `finalize`
+        self._speech = False  # the detector hears some, and it counts
+        self._was_deaf = False
+        self._loud_until = -math.inf  # we are heard ourselves
+        self._unheard: asyncio.TimerHandle | None = None  # when the speech service must have told something
+        self._unheard_times = 0  # since it last did
+        self._told_of = False  # some of this stretch of speech
 
         self._events: collections.deque[Event] = collections.deque()
         self._handling = False
@@ -3330,6 +3342,7 @@ class LiveSession:
         self._playing: _Response | None = None
         self._paused = False
         self._checks: dict[type[Action], asyncio.Task[None]] = {}
+        self._unasked: set[type[Action]] = set()  # questions that no fast model answers
         self._tasks: set[asyncio.Task[None]] = set()
 
         self._out: collections.deque[LiveEvent] = collections.deque()
@@ -3364,12 +3377,12 @@ class LiveSession:
         try:
             await self._stt.__aenter__()
             await connecting
+            self._begin()
         except BaseException:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             await self._hang_up()
             raise
-        self._begin()
         return self
 
     def _begin(self) -> None:
@@ -3397,9 +3410,11 @@ class LiveSession:
     async def __aexit__(self, *exc: object) -> None:
         self.close()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._detector.close()
-        await self._hang_up()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._detector.close()
+            await self._hang_up()
 
     def close(self, reason: str = "client") -> None:
         """End it: `session.closed` with this reason is the last event. The first reason counts."""
@@ -3410,8 +3425,9 @@ class LiveSession:
         self._playing = None
         self._in.clear()
         self._events.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._unheard):
+            if timer is not None:
+                timer.cancel()
         for response in self._responses.values():
             response.cancel()
         for task in self._tasks:
@@ -3512,23 +3528,40 @@ class LiveSession:
         self._feed(AudioReceived())
         for at in range(0, len(pcm), _SLICE):
             piece = pcm[at : at + _SLICE]
-            if self._deaf():
-                piece = bytes(len(piece))
             if at:
                 await asyncio.sleep(0)  # others' turn
+            deaf = self._deaf()
             self._microphone += len(piece) // 2
-            self._to_stt.put_nowait(piece)
-            for event in await self._detector.feed(piece):
-                if isinstance(event, SpeechStarted):
-                    self._tell({"type": "vad.speech"})
-                else:
-                    self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
-                self._feed(event)
+            self._to_stt.put_nowait(bytes(len(piece)) if deaf else piece)
+            events = await self._detector.feed(piece)  # which learns from what comes back
+            if deaf or self._was_deaf:
+                events, self._was_deaf = self._heeded(deaf), deaf
+            for event in events:
+                self._note_speech(event)
+
+    def _note_speech(self, event: SpeechEvent) -> None:
+        self._speech = isinstance(event, SpeechStarted)
+        if isinstance(event, SpeechStarted):
+            self._tell({"type": "vad.speech"})
+            self._told_of = False
+            if self._unheard is None:
+                self._watch_hearing()
+        else:
+            self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
+            if self._told_of:
+                self._stop_watching()
+        self._feed(event)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
-        playing = self._playing
-        return playing is not None and not self._paused and self._echo.half_duplex and playing.until > self._clock()
+        return self._clock() < self._loud_until + _ECHO_TAIL and self._echo.half_duplex
+
+    def _heeded(self, deaf: bool) -> list[SpeechEvent]:
+        """What is heard of speech where one is deaf, or was until now."""
+        speech = self._detector.detector.speaking and not deaf
+        if speech is self._speech:
+            return []
+        return [SpeechStarted() if speech else SpeechStopped()]
 
     async def _write(self) -> None:
         """To the speech service, in order."""
@@ -3540,20 +3573,23 @@ class LiveSession:
                 if len(held) < _TO_STT or not self._to_stt.empty():
                     continue
             data, held = bytes(held), bytearray()
-            if self._missed is not None:
-                self._missed.feed(data)
-                continue
-            if data:
+            if data and self._missed is None:
                 await self._stt.send(data)
-            if piece is None:
+                if not self._speech:
+                    self._stt.forget(_QUIET)
+            if data and self._missed is not None:  # lost meanwhile, or before
+                self._missed.feed(data)
+            elif piece is None and self._missed is None:
                 await self._stt.finalize()
 
     async def _read(self) -> None:
-        """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
+        """From the speech service. Where it is lost, what was said is committed, and another one hears the rest."""
+        failures = 0  # in a row
         while True:
-            interim = ""
+            interim, told = "", False
             try:
                 async for event in self._stt:
+                    told = True
                     if isinstance(event, voice.Transcript):
                         interim = "" if event.is_final else event.text
                     self._hear_words(event)
@@ -3562,34 +3598,72 @@ class LiveSession:
                 fault = error
             if interim:  # nobody will say more of it
                 self._hear_words(voice.Transcript(interim, True))
-            self._missed = PreRoll(_MISSED)
-            self._feed(STTFailed(fault))
-            await self._open_again(self._missed, fault)
+            failures = 1 if told else failures + 1
+            self._missed = PreRoll(_MISSED if failures < 3 else _ONSET)  # perhaps the audio itself is the fault
+            self._missed.feed(self._stt.unheard())
+            if failures == 1:
+                self._feed(STTFailed(fault))
+            await self._open_again(self._missed, fault, failures, told)
 
     def _hear_words(self, event: STTEvent) -> None:
+        self._unheard_times, self._told_of = 0, True
+        if self._speech:
+            self._watch_hearing()
+        else:
+            self._stop_watching()
         if isinstance(event, voice.Transcript) and event.text:
             self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
             self._detector.detector.words()
         self._feed(event)
 
-    async def _open_again(self, missed: PreRoll, fault: Error) -> None:
-        for attempt in itertools.count(1):
-            if not fault.retryable:
+    async def _open_again(self, missed: PreRoll, fault: Error, attempts: int, told: bool) -> None:
+        """`told`: it has worked before, so that it may work again whatever the fault is."""
+        self._stop_watching()
+        await self._stt.close()
+        for attempt in itertools.count(attempts):
+            if not fault.retryable and not told:
                 self._tell_error(fault, fatal=True)
                 self.close("error")
                 return
             await asyncio.sleep(voice.pause_before(attempt))
-            stt = self._hear()
+            stt, told = self._hear(), False
             try:
                 await stt.__aenter__()
             except Error as error:
                 fault = error
                 continue
             break
-        old, self._stt, self._missed = self._stt, stt, None
-        self._reopened += 1 + old.reconnects
+        self._reopened += 1 + self._stt.reconnects
+        self._stt, self._missed = stt, None
         await stt.send(missed.last(_MISSED))
-        await old.close()
+
+    def _watch_hearing(self) -> None:
+        """The speech service is to tell something of the speech that is heard."""
+        self._stop_watching()
+        if self._missed is None and self.closed is None:
+            wait = min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
+            self._unheard = asyncio.get_running_loop().call_later(wait, self._heard_nothing)
+
+    def _stop_watching(self) -> None:
+        if self._unheard is not None:
+            self._unheard.cancel()
+            self._unheard = None
+
+    def _heard_nothing(self) -> None:
+        """Is it deaf, or is there nothing in what seems to be speech? Who is asked for what there is must answer; who
+        finds turns itself cannot be asked, so that it is made to hear all of it once more, on another connection."""
+        self._unheard = None
+        self._unheard_times += 1
+        asked = not self._stt.turns and self._unheard_times == 1
+        if asked:
+            self._to_stt.put_nowait(None)
+        else:
+            self._spawn(self._stt.renew)
+        if self._unheard_times == 3:
+            code, message = "stt_silent", "the speech service tells nothing of what seems to be speech"
+            self._tell_error(ProviderTimeoutError(message, code=code))
+        if self._speech or asked:
+            self._watch_hearing()
 
     # -- The turn taker --
 
@@ -3662,7 +3736,7 @@ class LiveSession:
             case ResumeAudio():
                 self._resume_audio()
             case FlushAudio():
-                self._echo.stopped(self._microphone)
+                self._fall_quiet()
             case AudioDone():
                 self._let_go(action.response_id)
             case InterruptDismissed(reason="echo"):
@@ -3689,7 +3763,7 @@ class LiveSession:
         """One question of a kind at a time: the answer to an older one is of no use."""
         if (asked := self._checks.pop(type(action), None)) is not None:
             asked.cancel()
-        if self._check is None:
+        if self._check is None or type(action) in self._unasked:
             self._answer_check(action, None)
         else:
             self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
@@ -3710,7 +3784,7 @@ class LiveSession:
         except Error as fault:
             if not fault.retryable and not fault.begun:
                 logger.warning("the fast model cannot be asked (%s): the words alone decide", fault.type)
-                self._check = None
+                self._unasked.add(type(action))
         self._answer_check(action, answer)
 
     def _answer_check(self, action: CheckTurn | CheckInterrupt, answer: bool | None) -> None:
@@ -3745,12 +3819,17 @@ class LiveSession:
         self._paused = True
         if self._playing is not None:
             self._playing.left = max(0.0, self._playing.until - self._clock())
+        self._fall_quiet()
+
+    def _fall_quiet(self) -> None:
+        """The client plays no more."""
+        self._loud_until = -math.inf
         self._echo.stopped(self._microphone)
 
     def _resume_audio(self) -> None:
         self._paused = False
         if (playing := self._playing) is not None:
-            playing.until = self._clock() + playing.left
+            self._loud_until = playing.until = self._clock() + playing.left
             self._echo.played(playing.recent.last(playing.left), self._microphone)
             self._more.set()
 
@@ -3765,7 +3844,7 @@ class LiveSession:
         piece = LiveAudio(playing.id, playing.take_audio(2 * round(_PIECE * self._rate)), self._rate)
         self._echo.played(piece.data, self._microphone + ahead * RATE)
         playing.recent.feed(piece.data)
-        playing.until = now + ahead + piece.seconds
+        self._loud_until = playing.until = now + ahead + piece.seconds
         self._feed(AudioSent(playing.id, piece.seconds))
         return piece
 

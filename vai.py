@@ -1367,8 +1367,10 @@ class Direct:
         return live.LiveSession(
             config,
             reply=reply,
-            hear=lambda: hearing.listen(settings.input, sample_rate=live.RATE, turns=turns),
-            speak=speaking.speak,
+            hear=functools.partial(
+                hearing.listen, settings.input, sample_rate=live.RATE, turns=turns, patience=live.PATIENCE
+            ),
+            speak=functools.partial(speaking.speak, patience=live.PATIENCE),
             detect=detectors.open,
             check=check,
             tools={tool.name: functools.partial(_call_tool, tool) for tool in tools if isinstance(tool, Tool)},

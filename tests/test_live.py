@@ -492,9 +492,6 @@ CALL = '[tool get_weather {"city":"Oslo"}] [tool get_weather {"city":"Rome"}] [t
 WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 
 
-WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
-
-
 def test_tools_in_this_process() -> None:
     """Side by side, and what goes wrong is for the model to read."""
 
@@ -799,8 +796,8 @@ def test_speech_that_cannot_be_had() -> None:
     quick(work())
 
 
-@pytest.mark.parametrize("said", ["[error]", "[reset]"])
-def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["an error at some word", "a lost connection"])
+def test_listening_fails_for_good(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said so far is a turn, the client is told, and another stream is opened."""
 
     async def work() -> None:
@@ -808,7 +805,10 @@ def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) ->
             await talk.say("[say Hello.] This was heard")
             with monkeypatch.context() as patch:
                 patch.setattr("voice.ATTEMPTS", 0)
-                await talk.say(said)
+                if how == "a lost connection":
+                    talk.sandbox.drop_sockets()
+                else:
+                    await talk.say("[error]")
                 await talk.until("error", fatal=False)
             await talk.until("audio.done")
             assert talk.session.messages[0]["content"].startswith("[say Hello.] This was heard")
