@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import copy
 import difflib
 import functools
 import importlib
@@ -70,6 +71,7 @@ if TYPE_CHECKING or not __package__:
         MessageStop,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
         StreamEvent,
         Text,
         TextDelta,
@@ -92,6 +94,7 @@ else:
         MessageStop,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
         StreamEvent,
         Text,
         TextDelta,
@@ -1814,8 +1817,11 @@ class Ledger:
         self.complete = False
 
     def time(self, words: Iterable[Word]) -> None:
-        """When words of `said` are spoken, in order."""
-        self._words += words
+        """When words of `said` are spoken, in order. Where speech is resumed, those that had to come are told anew."""
+        told = list(words)
+        while told and self._words and self._words[-1].end > told[0].start + self.NEARLY:
+            self._words.pop()
+        self._words += told
 
     def make(self, seconds: float) -> None:
         self.made += seconds
@@ -1897,6 +1903,9 @@ class Ledger:
 
 _Message: TypeAlias = tuple[str, list[JSON]]  # role and content
 
+_MEDIA = frozenset({"image", "document", "audio", "video", "container_upload", "search_result"})
+_TOO_LONG = re.compile(r"\b413\b|context.?(length|window)|too (long|large|many)|exceed|reduce the length", re.I)
+
 
 def text_block(text: str) -> JSON:
     return {"type": "text", "text": text}
@@ -1947,6 +1956,42 @@ class Step:
 
     def results(self) -> list[JSON]:
         return [call.result or unanswered(call.id, call.fate) for call in self.calls]
+
+
+def is_plain(block: JSON) -> bool:
+    """Whether there is nothing in it but text, or what the model itself has written."""
+    if block.get("type") != "tool_result":
+        return block.get("type") not in _MEDIA
+    content = block.get("content")
+    return not isinstance(content, list) or all(map(is_plain, content))
+
+
+def plain_block(block: JSON) -> JSON:
+    """A block without images and the like; the model is told that there was something."""
+    if is_plain(block):
+        return block
+    if block["type"] == "tool_result":
+        return {**block, "content": [plain_block(part) for part in block["content"]]}
+    return text_block(f"[left out: {block['type']}]")
+
+
+def plain_messages(messages: Iterable[JSON]) -> list[JSON]:
+    return [
+        {**one, "content": [plain_block(block) for block in one["content"]]}
+        if isinstance(one["content"], list) and not all(map(is_plain, one["content"]))
+        else one
+        for one in messages
+    ]
+
+
+def newer_half(messages: Sequence[JSON]) -> list[JSON]:
+    """The end of a conversation, from a message of the user's on that answers no tool call."""
+    for at in range(len(messages) // 2, len(messages)):
+        content = messages[at]["content"]
+        results = isinstance(content, list) and any(block.get("type") == "tool_result" for block in content)
+        if messages[at]["role"] == "user" and not results:
+            return list(messages[at:])
+    return []
 
 
 def unanswered(tool_use_id: str, why: str) -> JSON:
@@ -2258,15 +2303,18 @@ class TurnTaker:
         if self._turn is None or self._turn.run.id != event.response_id:
             return
         turn, run, ledger = self._turn, self._turn.run, self._turn.run.ledger
+        if isinstance(event, Playback):  # no sign of life of the run's
+            ledger.report(self._now, event.played)
+            return
         run.alive = self._now
         match event:
-            case Playback():
-                ledger.report(self._now, event.played)
             case FirstToken():
                 run.first_token = run.first_token or self._now
             case StepEnded():
                 self._end_step(turn, event)
-            case RunFailed() | SpeechFailed():
+            case RunFailed():
+                self._fail(turn, self._relieve(turn, event.error))
+            case SpeechFailed():
                 self._fail(turn, event.error)
             case Said():
                 ledger.say(event.text)
@@ -2290,7 +2338,8 @@ class TurnTaker:
         if self._began is None:
             self._began = self._now
         # Words after a second of silence that are no late final ones: there was speech that the detector missed.
-        missed = self._silent_at is None or (not self._finalizing and self._now - self._silent_at > 1.0)
+        late = self._finalizing and self._finalized is not None and self._now - self._finalized <= 2.0
+        missed = self._silent_at is None or (not late and self._now - self._silent_at > 1.0)
         if not self._voice and missed:
             self._silent_at = self._now
 
@@ -2817,6 +2866,30 @@ class TurnTaker:
         self._close(turn)
         self._forget_murmur(turn)
 
+    def _relieve(self, turn: _Turn, error: Error) -> Error:
+        """A request that was refused would be again, with all that follow. So what may be the reason leaves the
+        conversation, and the error says so: the blocks of this turn that are no text; else those of earlier ones; else
+        the older half of what is too long."""
+        if not isinstance(error, (InvalidRequestError, RequestTooLargeError)):
+            return error
+        calls = [call for step in turn.run.steps for call in step.calls]
+        parts = _joined(part if isinstance(part, str) else plain_block(part) for part in turn.parts)
+        prior = [(role, list(map(plain_block, content))) for role, content in turn.prior]
+        results = [call.result and plain_block(call.result) for call in calls]
+        if (parts, prior, results) != (turn.parts, turn.prior, [call.result for call in calls]):
+            turn.parts, turn.prior, left_out = parts, prior, "what is no text in this turn"
+            for call, result in zip(calls, results, strict=True):
+                call.result = result
+        elif (plain := plain_messages(self._history)) != self._history:
+            self._history, left_out = plain, "what is no text in earlier turns"
+        elif len(self._history) > 2 and _TOO_LONG.search(f"{error.status} {error.code} {error.message}"):
+            self._history, left_out = newer_half(self._history), "the older half of the conversation"
+        else:
+            return error
+        told = copy.copy(error)
+        told.message = f"{error.message} (from now on the model is no longer shown {left_out})"
+        return told
+
     def _stop(self, turn: _Turn) -> None:
         run = turn.run
         if run.audible:
@@ -2948,7 +3021,10 @@ PATIENCE = 2.5  # seconds for a speech service to come back, or to say what it o
 _MISSED = 60.0  # seconds of audio that are kept while there is no speech service to hear them
 _ONSET = 3.0  # … and when it fails again and again
 _UNHEARD = 5.0  # seconds of what seems to be speech, of which the speech service tells nothing
-_QUIET = 15.0  # seconds of audio without speech that it would hear again
+_REPLY = 1.5  # seconds, when it is asked
+_COUGH = 0.5  # seconds of it that need not hold a word …
+_MEANT = 2.0  # … and that must
+_AGAIN = 15.0  # seconds of audio without speech that it is to hear once more
 _ECHO_TAIL = 0.3  # seconds that our own voice is still heard after its end
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
@@ -3331,7 +3407,8 @@ class LiveSession:
         self._loud_until = -math.inf  # we are heard ourselves
         self._unheard: asyncio.TimerHandle | None = None  # when the speech service must have told something
         self._unheard_times = 0  # since it last did
-        self._told_of = False  # some of this stretch of speech
+        self._speech_at = 0.0  # when it last began
+        self._unheard_speech = 0.0  # seconds of speech since then
 
         self._events: collections.deque[Event] = collections.deque()
         self._handling = False
@@ -3540,17 +3617,23 @@ class LiveSession:
                 self._note_speech(event)
 
     def _note_speech(self, event: SpeechEvent) -> None:
-        self._speech = isinstance(event, SpeechStarted)
+        now = self._clock()
         if isinstance(event, SpeechStarted):
             self._tell({"type": "vad.speech"})
-            self._told_of = False
+            self._speech, self._speech_at = True, now - event.lead
             if self._unheard is None:
                 self._watch_hearing()
         else:
             self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
-            if self._told_of:
+            if self._speech:
+                self._speech, self._unheard_speech = False, self._unheard_for() - event.silence
+            if self._unheard_speech < _COUGH:
                 self._stop_watching()
         self._feed(event)
+
+    def _unheard_for(self) -> float:
+        """Seconds of speech of which the speech service has told nothing."""
+        return self._unheard_speech + (self._clock() - self._speech_at if self._speech else 0.0)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
@@ -3576,7 +3659,7 @@ class LiveSession:
             if data and self._missed is None:
                 await self._stt.send(data)
                 if not self._speech:
-                    self._stt.forget(_QUIET)
+                    self._stt.forget(_AGAIN)
             if data and self._missed is not None:  # lost meanwhile, or before
                 self._missed.feed(data)
             elif piece is None and self._missed is None:
@@ -3606,7 +3689,7 @@ class LiveSession:
             await self._open_again(self._missed, fault, failures, told)
 
     def _hear_words(self, event: STTEvent) -> None:
-        self._unheard_times, self._told_of = 0, True
+        self._unheard_times, self._unheard_speech, self._speech_at = 0, 0.0, self._clock()
         if self._speech:
             self._watch_hearing()
         else:
@@ -3628,20 +3711,22 @@ class LiveSession:
             await asyncio.sleep(voice.pause_before(attempt))
             stt, told = self._hear(), False
             try:
-                await stt.__aenter__()
+                async with asyncio.timeout(PATIENCE):
+                    await stt.__aenter__()
+                break
+            except TimeoutError:
+                fault = ProviderTimeoutError("the speech service does not answer")
             except Error as error:
                 fault = error
-                continue
-            break
         self._reopened += 1 + self._stt.reconnects
         self._stt, self._missed = stt, None
         await stt.send(missed.last(_MISSED))
 
-    def _watch_hearing(self) -> None:
+    def _watch_hearing(self, wait: float | None = None) -> None:
         """The speech service is to tell something of the speech that is heard."""
         self._stop_watching()
         if self._missed is None and self.closed is None:
-            wait = min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
+            wait = wait or min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
             self._unheard = asyncio.get_running_loop().call_later(wait, self._heard_nothing)
 
     def _stop_watching(self) -> None:
@@ -3659,11 +3744,11 @@ class LiveSession:
             self._to_stt.put_nowait(None)
         else:
             self._spawn(self._stt.renew)
-        if self._unheard_times == 3:
+        if self._unheard_times == 3 and self._unheard_for() > _MEANT:
             code, message = "stt_silent", "the speech service tells nothing of what seems to be speech"
             self._tell_error(ProviderTimeoutError(message, code=code))
-        if self._speech or asked:
-            self._watch_hearing()
+        if self._speech or self._unheard_times < 3:
+            self._watch_hearing(_REPLY if asked else None)
 
     # -- The turn taker --
 

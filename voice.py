@@ -2658,7 +2658,7 @@ class STTSession:
             self._socket = None
             while True:
                 self._failures += 1
-                await asyncio.sleep(pause_before(self._failures))
+                await asyncio.sleep(min(pause_before(self._failures), until - loop.time()))
                 try:
                     async with asyncio.timeout_at(None if self._patience is None else until):
                         self._socket = await self._caught_up()
@@ -2833,12 +2833,12 @@ class TTSSession:
             context.failing_since = now
         context.failures += 1
         context.resumed += 1
-        tired = self.patience is not None and now > context.failing_since + self.patience
-        if tired or context.failures > ATTEMPTS or context.resumed > 2 * ATTEMPTS:
+        left = math.inf if self.patience is None else context.failing_since + self.patience - now
+        if left <= 0 or context.failures > ATTEMPTS or context.resumed > 2 * ATTEMPTS:
             if context.trouble is None or context.trouble.code == "connection_broken":
                 raise StreamTruncated(provider=self._service.adapter.id)
             raise context.trouble
-        await asyncio.sleep(pause_before(context.failures))
+        await asyncio.sleep(min(pause_before(context.failures), left))
         try:
             await self._send(context, [])
         except Error as fault:
