@@ -910,7 +910,7 @@ def test_listening_that_cannot_be_had_for_a_while(detection: str, handshakes: st
             talk.sandbox.drop_sockets()
             saying = asyncio.create_task(talk.say("three four five six seven eight nine ten eleven twelve"))
             await talk.until("error", fatal=False)
-            assert now() - lost < 3.5
+            assert now() - lost < 4.5  # of which 2.5 are waited
             await saying
             await asyncio.sleep(2)
             talk.sandbox.handshakes = ""
@@ -940,7 +940,7 @@ def test_speech_that_falls_silent(text: str, seconds: float) -> None:
                 await asyncio.sleep(seconds)
                 began = now()
                 await is_mute_until_called_again(sandbox)
-                assert now() - began < 3.5
+                assert now() - began < 4.5
                 await talk.until("audio.done")
                 words = heard_in(talk.audio()).split()
                 assert [word for word, _ in itertools.groupby(words)] == text.split()
@@ -969,7 +969,7 @@ def test_speech_that_cannot_be_had_any_more(fault: str) -> None:
             began = now()
             assert not (await talk.until("error", turn_id=turn_id))["fatal"]
             await talk.until("state", state="listening")
-            assert now() - began < 6
+            assert now() - began < 8  # of which 5 are waited
             talk.sandbox.mute, talk.sandbox.handshakes, talk.sandbox.most_contexts = False, "", 15
             await talk.send("input.text", text="[say Back.]")
             await talk.until("audio.done")
