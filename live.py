@@ -3025,6 +3025,7 @@ _REPLY = 1.5  # seconds, when it is asked
 _COUGH = 0.5  # seconds of it that need not hold a word …
 _MEANT = 2.0  # … and that must
 _AGAIN = 15.0  # seconds of audio without speech that it is to hear once more
+_ECHOES = 2  # of our own voice that were taken for somebody's: then one speaks at a time
 _ECHO_TAIL = 0.3  # seconds that our own voice is still heard after its end
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
@@ -3405,6 +3406,7 @@ class LiveSession:
         self._speech = False  # the detector hears some, and it counts
         self._was_deaf = False
         self._loud_until = -math.inf  # we are heard ourselves
+        self._echoes = 0  # were taken for somebody who interrupts
         self._unheard: asyncio.TimerHandle | None = None  # when the speech service must have told something
         self._unheard_times = 0  # since it last did
         self._speech_at = 0.0  # when it last began
@@ -3637,7 +3639,10 @@ class LiveSession:
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
-        return self._clock() < self._loud_until + _ECHO_TAIL and self._echo.half_duplex
+        if self._clock() >= self._loud_until + _ECHO_TAIL:
+            return False
+        mistaken = self._echoes >= _ECHOES and self._echo.gain >= _HALF_DUPLEX
+        return mistaken or self._echo.half_duplex
 
     def _heeded(self, deaf: bool) -> list[SpeechEvent]:
         """What is heard of speech where one is deaf, or was until now."""
@@ -3826,6 +3831,9 @@ class LiveSession:
                 self._let_go(action.response_id)
             case InterruptDismissed(reason="echo"):
                 self._echo.it_was_echo()
+                self._echoes += 1
+            case Interrupted():
+                self._echoes = 0
             case TurnFailed(turn_id=turn_id, response_id=response_id, error=error):
                 self._tell_error(error, turn_id=turn_id, response_id=response_id)
             case Refused():

@@ -373,6 +373,64 @@ def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
     quick(work())
 
 
+@pytest.mark.parametrize(("mode", "gain"), [("auto", 0.6), ("always", 0.25), ("never", 0.25)])
+def test_a_loudspeaker_without_echo_cancellation(mode: str, gain: float) -> None:
+    """One speaks at a time: the user is heard afterwards, the client can still interrupt; and with headphones on, so
+    can the user."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            text = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen."
+            sandbox.transcripts.append(text.lower())
+            async with talking(sandbox=sandbox, voice={**NO_GRACE, "interrupt": {"mode": mode}}) as talk:
+                talk.echo = gain
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                await asyncio.sleep(1)
+                before = len(talk.told("vad.speech"))
+                assert len(talk.told("audio.pause")) < 6
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                await asyncio.sleep(1)
+                assert len(talk.told("vad.speech")) == before
+                await talk.say("Please [words 60] for me")
+                await talk.until("audio.start")
+                assert not talk.told("response.interrupted")
+                assert len(talk.told("input.committed")) == 3
+                talk.echo = 0.0
+                await asyncio.sleep(8)
+                if mode != "never":
+                    await talk.say("Stop.")
+                else:
+                    await talk.send("input.interrupt")
+                await talk.until("response.interrupted")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("mode", ["never", "manual", "disabled", "always"])
+def test_modes_of_interruption(mode: str) -> None:
+    """What is said over an answer ends it at once, or is the next turn when it is over."""
+
+    async def work() -> None:
+        async with talking(voice={**NO_GRACE, "interrupt": {"mode": mode}}) as talk:
+            await talk.send("input.text", text="[words 8]")
+            await talk.until("audio.start")
+            await asyncio.sleep(0.6)
+            await talk.say("[say Yes.] What about Rome?")
+            if mode == "always":
+                await talk.until("response.interrupted")
+            else:
+                await talk.until("audio.done")
+                assert not talk.told("response.interrupted")
+            await talk.until("input.committed", transcript="[say Yes.] What about Rome?")
+            await talk.until("audio.done")
+            assert not talk.told("audio.pause")
+            assert talk.audio().endswith(speech("Yes."))
+
+    quick(work())
+
+
 def test_history_ends_where_the_client_says_that_it_played() -> None:
     """Its loudspeaker is late: what real time would allow was not heard."""
 
