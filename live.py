@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import copy
 import difflib
 import functools
 import importlib
@@ -70,6 +71,7 @@ if TYPE_CHECKING or not __package__:
         MessageStop,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
         StreamEvent,
         Text,
         TextDelta,
@@ -92,6 +94,7 @@ else:
         MessageStop,
         ProviderError,
         ProviderTimeoutError,
+        RequestTooLargeError,
         StreamEvent,
         Text,
         TextDelta,
@@ -107,6 +110,7 @@ if getattr(voice, "__version__", None) != __version__:
 
 __all__ = [
     "FRAME",
+    "PATIENCE",
     "RATE",
     "Action",
     "Answer",
@@ -1934,8 +1938,11 @@ class Ledger:
         self.complete = False
 
     def time(self, words: Iterable[Word]) -> None:
-        """When words of `said` are spoken, in order."""
-        self._words += words
+        """When words of `said` are spoken, in order. Where speech is resumed, those that had to come are told anew."""
+        told = list(words)
+        while told and self._words and self._words[-1].end > told[0].start + self.NEARLY:
+            self._words.pop()
+        self._words += told
 
     def make(self, seconds: float) -> None:
         self.made += seconds
@@ -2017,6 +2024,9 @@ class Ledger:
 
 _Message: TypeAlias = tuple[str, list[JSON]]  # role and content
 
+_MEDIA = frozenset({"image", "document", "audio", "video", "container_upload", "search_result"})
+_TOO_LONG = re.compile(r"\b413\b|context.?(length|window)|too (long|large|many)|exceed|reduce the length", re.I)
+
 
 def text_block(text: str) -> JSON:
     return {"type": "text", "text": text}
@@ -2067,6 +2077,42 @@ class Step:
 
     def results(self) -> list[JSON]:
         return [call.result or unanswered(call.id, call.fate) for call in self.calls]
+
+
+def is_plain(block: JSON) -> bool:
+    """Whether there is nothing in it but text, or what the model itself has written."""
+    if block.get("type") != "tool_result":
+        return block.get("type") not in _MEDIA
+    content = block.get("content")
+    return not isinstance(content, list) or all(map(is_plain, content))
+
+
+def plain_block(block: JSON) -> JSON:
+    """A block without images and the like; the model is told that there was something."""
+    if is_plain(block):
+        return block
+    if block["type"] == "tool_result":
+        return {**block, "content": [plain_block(part) for part in block["content"]]}
+    return text_block(f"[left out: {block['type']}]")
+
+
+def plain_messages(messages: Iterable[JSON]) -> list[JSON]:
+    return [
+        {**one, "content": [plain_block(block) for block in one["content"]]}
+        if isinstance(one["content"], list) and not all(map(is_plain, one["content"]))
+        else one
+        for one in messages
+    ]
+
+
+def newer_half(messages: Sequence[JSON]) -> list[JSON]:
+    """The end of a conversation, from a message of the user's on that answers no tool call."""
+    for at in range(len(messages) // 2, len(messages)):
+        content = messages[at]["content"]
+        results = isinstance(content, list) and any(block.get("type") == "tool_result" for block in content)
+        if messages[at]["role"] == "user" and not results:
+            return list(messages[at:])
+    return []
 
 
 def unanswered(tool_use_id: str, why: str) -> JSON:
@@ -2378,16 +2424,18 @@ class TurnTaker:
         if self._turn is None or self._turn.run.id != event.response_id:
             return
         turn, run, ledger = self._turn, self._turn.run, self._turn.run.ledger
-        if not isinstance(event, Playback):
-            run.alive = self._now
+        if isinstance(event, Playback):  # no sign of life of the run's
+            ledger.report(self._now, event.played)
+            return
+        run.alive = self._now
         match event:
-            case Playback():
-                ledger.report(self._now, event.played)
             case FirstToken():
                 run.first_token = run.first_token or self._now
             case StepEnded():
                 self._end_step(turn, event)
-            case RunFailed() | SpeechFailed():
+            case RunFailed():
+                self._fail(turn, self._relieve(turn, event.error))
+            case SpeechFailed():
                 self._fail(turn, event.error)
             case Said():
                 ledger.say(event.text)
@@ -2409,7 +2457,8 @@ class TurnTaker:
         if self._began is None:
             self._began = self._now
         # Words after a second of silence that are no late final ones: there was speech that the detector missed.
-        missed = self._silent_at is None or (not self._finalizing and self._now - self._silent_at > 1.0)
+        late = self._finalizing and self._finalized is not None and self._now - self._finalized <= 2.0
+        missed = self._silent_at is None or (not late and self._now - self._silent_at > 1.0)
         if not self._voice and missed:
             self._silent_at = self._now
 
@@ -2946,6 +2995,30 @@ class TurnTaker:
         self._close(turn)
         self._forget_murmur(turn)
 
+    def _relieve(self, turn: _Turn, error: Error) -> Error:
+        """A request that was refused would be again, with all that follow. So what may be the reason leaves the
+        conversation, and the error says so: the blocks of this turn that are no text; else those of earlier ones; else
+        the older half of what is too long."""
+        if not isinstance(error, (InvalidRequestError, RequestTooLargeError)):
+            return error
+        calls = [call for step in turn.run.steps for call in step.calls]
+        parts = _joined(part if isinstance(part, str) else plain_block(part) for part in turn.parts)
+        prior = [(role, list(map(plain_block, content))) for role, content in turn.prior]
+        results = [call.result and plain_block(call.result) for call in calls]
+        if (parts, prior, results) != (turn.parts, turn.prior, [call.result for call in calls]):
+            turn.parts, turn.prior, left_out = parts, prior, "what is no text in this turn"
+            for call, result in zip(calls, results, strict=True):
+                call.result = result
+        elif (plain := plain_messages(self._history)) != self._history:
+            self._history, left_out = plain, "what is no text in earlier turns"
+        elif len(self._history) > 2 and _TOO_LONG.search(f"{error.status} {error.code} {error.message}"):
+            self._history, left_out = newer_half(self._history), "the older half of the conversation"
+        else:
+            return error
+        told = copy.copy(error)
+        told.message = f"{error.message} (from now on the model is no longer shown {left_out})"
+        return told
+
     def _stop(self, turn: _Turn) -> None:
         run = turn.run
         if run.audible:
@@ -3079,7 +3152,16 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-_MISSED = 3.0  # seconds of audio that are kept while there is no speech service to hear them
+PATIENCE = 2.5  # seconds for a speech service to come back, or to say what it owes
+_MISSED = 60.0  # seconds of audio that are kept while there is no speech service to hear them
+_ONSET = 3.0  # … and when it fails again and again
+_UNHEARD = 5.0  # seconds of what seems to be speech, of which the speech service tells nothing
+_REPLY = 1.5  # seconds, when it is asked
+_COUGH = 0.5  # seconds of it that need not hold a word …
+_MEANT = 2.0  # … and that must
+_AGAIN = 15.0  # seconds of audio without speech that it is to hear once more
+_ECHOES = 2  # of our own voice that were taken for somebody's: then one speaks at a time
+_ECHO_TAIL = 0.3  # seconds that our own voice is still heard after its end
 _SLOW_CHECK = 3.0  # seconds, after which a fast model's answer is of no use
 _MOST_TEXT = 20_000  # characters of a typed text
 _GOODBYE = 0.08  # seconds for closing a socket
@@ -3456,6 +3538,14 @@ class LiveSession:
         self._microphone = 0  # samples at `RATE` so far
         self._missed: PreRoll | None = None  # what came while there was no speech service
         self._to_stt: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: `finalize`
+        self._speech = False  # the detector hears some, and it counts
+        self._was_deaf = False
+        self._loud_until = -math.inf  # we are heard ourselves
+        self._echoes = 0  # were taken for somebody who interrupts
+        self._unheard: asyncio.TimerHandle | None = None  # when the speech service must have told something
+        self._unheard_times = 0  # since it last did
+        self._speech_at = 0.0  # when it last began
+        self._unheard_speech = 0.0  # seconds of speech since then
 
         self._events: collections.deque[Event] = collections.deque()
         self._handling = False
@@ -3466,6 +3556,7 @@ class LiveSession:
         self._playing: _Response | None = None
         self._paused = False
         self._checks: dict[type[Action], asyncio.Task[None]] = {}
+        self._unasked: set[type[Action]] = set()  # questions that no fast model answers
         self._tasks: set[asyncio.Task[None]] = set()
 
         self._out: collections.deque[LiveEvent] = collections.deque()
@@ -3500,12 +3591,12 @@ class LiveSession:
         try:
             await self._stt.__aenter__()
             await connecting
+            self._begin()
         except BaseException:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             await self._hang_up()
             raise
-        self._begin()
         return self
 
     def _begin(self) -> None:
@@ -3533,9 +3624,11 @@ class LiveSession:
     async def __aexit__(self, *exc: object) -> None:
         self.close()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._detector.close()
-        await self._hang_up()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._detector.close()
+            await self._hang_up()
 
     def close(self, reason: str = "client") -> None:
         """End it: `session.closed` with this reason is the last event. The first reason counts."""
@@ -3546,8 +3639,9 @@ class LiveSession:
         self._playing = None
         self._in.clear()
         self._events.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._unheard):
+            if timer is not None:
+                timer.cancel()
         for response in self._responses.values():
             response.cancel()
         for task in self._tasks:
@@ -3655,25 +3749,51 @@ class LiveSession:
         self._feed(AudioReceived())
         for at in range(0, len(pcm), _SLICE):
             piece = pcm[at : at + _SLICE]
-            if self._deaf():
-                piece = bytes(len(piece))
             if at:
                 await asyncio.sleep(0)  # others' turn
+            deaf = self._deaf()
             self._microphone += len(piece) // 2
-            self._to_stt.put_nowait(piece)
-            for event in await self._detector.feed(piece):
-                if isinstance(event, SpeechStarted):
-                    event.lead += self._resampler.delay
-                    self._tell({"type": "vad.speech"})
-                else:
-                    event.silence += self._resampler.delay
-                    self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
-                self._feed(event)
+            self._to_stt.put_nowait(bytes(len(piece)) if deaf else piece)
+            events = await self._detector.feed(piece)  # which learns from what comes back
+            if deaf or self._was_deaf:
+                events, self._was_deaf = self._heeded(deaf), deaf
+            for event in events:
+                self._note_speech(event)
+
+    def _note_speech(self, event: SpeechEvent) -> None:
+        now = self._clock()
+        if isinstance(event, SpeechStarted):
+            event.lead += self._resampler.delay
+            self._tell({"type": "vad.speech"})
+            self._speech, self._speech_at = True, now - event.lead
+            if self._unheard is None:
+                self._watch_hearing()
+        else:
+            event.silence += self._resampler.delay
+            self._tell({"type": "vad.silence", "duration_ms": _ms(event.silence)})
+            if self._speech:
+                self._speech, self._unheard_speech = False, self._unheard_for() - event.silence
+            if self._unheard_speech < _COUGH:
+                self._stop_watching()
+        self._feed(event)
+
+    def _unheard_for(self) -> float:
+        """Seconds of speech of which the speech service has told nothing."""
+        return self._unheard_speech + (self._clock() - self._speech_at if self._speech else 0.0)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
-        playing = self._playing
-        return playing is not None and not self._paused and self._echo.half_duplex and playing.until > self._clock()
+        if self._clock() >= self._loud_until + _ECHO_TAIL:
+            return False
+        mistaken = self._echoes >= _ECHOES and self._echo.gain >= _HALF_DUPLEX
+        return mistaken or self._echo.half_duplex
+
+    def _heeded(self, deaf: bool) -> list[SpeechEvent]:
+        """What is heard of speech where one is deaf, or was until now."""
+        speech = self._detector.detector.speaking and not deaf
+        if speech is self._speech:
+            return []
+        return [SpeechStarted() if speech else SpeechStopped()]
 
     async def _write(self) -> None:
         """To the speech service, in order."""
@@ -3685,20 +3805,23 @@ class LiveSession:
                 if len(held) < _TO_STT or not self._to_stt.empty():
                     continue
             data, held = bytes(held), bytearray()
-            if self._missed is not None:
-                self._missed.feed(data)
-                continue
-            if data:
+            if data and self._missed is None:
                 await self._stt.send(data)
-            if piece is None:
+                if not self._speech:
+                    self._stt.forget(_AGAIN)
+            if data and self._missed is not None:  # lost meanwhile, or before
+                self._missed.feed(data)
+            elif piece is None and self._missed is None:
                 await self._stt.finalize()
 
     async def _read(self) -> None:
-        """From the speech service. Where it is lost for good, what was said is committed, and another one is opened."""
+        """From the speech service. Where it is lost, what was said is committed, and another one hears the rest."""
+        failures = 0  # in a row
         while True:
-            interim = ""
+            interim, told = "", False
             try:
                 async for event in self._stt:
+                    told = True
                     if isinstance(event, voice.Transcript):
                         interim = "" if event.is_final else event.text
                     self._hear_words(event)
@@ -3707,34 +3830,74 @@ class LiveSession:
                 fault = error
             if interim:  # nobody will say more of it
                 self._hear_words(voice.Transcript(interim, True))
-            self._missed = PreRoll(_MISSED)
-            self._feed(STTFailed(fault))
-            await self._open_again(self._missed, fault)
+            failures = 1 if told else failures + 1
+            self._missed = PreRoll(_MISSED if failures < 3 else _ONSET)  # perhaps the audio itself is the fault
+            self._missed.feed(self._stt.unheard())
+            if failures == 1:
+                self._feed(STTFailed(fault))
+            await self._open_again(self._missed, fault, failures, told)
 
     def _hear_words(self, event: STTEvent) -> None:
+        self._unheard_times, self._unheard_speech, self._speech_at = 0, 0.0, self._clock()
+        if self._speech:
+            self._watch_hearing()
+        else:
+            self._stop_watching()
         if isinstance(event, voice.Transcript) and event.text:
             self._tell({"type": "transcript.delta", "delta": event.text, "is_final": event.is_final})
             self._detector.detector.words()
         self._feed(event)
 
-    async def _open_again(self, missed: PreRoll, fault: Error) -> None:
-        for attempt in itertools.count(1):
-            if not fault.retryable:
+    async def _open_again(self, missed: PreRoll, fault: Error, attempts: int, told: bool) -> None:
+        """`told`: it has worked before, so that it may work again whatever the fault is."""
+        self._stop_watching()
+        await self._stt.close()
+        for attempt in itertools.count(attempts):
+            if not fault.retryable and not told:
                 self._tell_error(fault, fatal=True)
                 self.close("error")
                 return
             await asyncio.sleep(voice.pause_before(attempt))
-            stt = self._hear()
+            stt, told = self._hear(), False
             try:
-                await stt.__aenter__()
+                async with asyncio.timeout(PATIENCE):
+                    await stt.__aenter__()
+                break
+            except TimeoutError:
+                fault = ProviderTimeoutError("the speech service does not answer")
             except Error as error:
                 fault = error
-                continue
-            break
-        old, self._stt, self._missed = self._stt, stt, None
-        self._reopened += 1 + old.reconnects
+        self._reopened += 1 + self._stt.reconnects
+        self._stt, self._missed = stt, None
         await stt.send(missed.last(_MISSED))
-        await old.close()
+
+    def _watch_hearing(self, wait: float | None = None) -> None:
+        """The speech service is to tell something of the speech that is heard."""
+        self._stop_watching()
+        if self._missed is None and self.closed is None:
+            wait = wait or min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
+            self._unheard = asyncio.get_running_loop().call_later(wait, self._heard_nothing)
+
+    def _stop_watching(self) -> None:
+        if self._unheard is not None:
+            self._unheard.cancel()
+            self._unheard = None
+
+    def _heard_nothing(self) -> None:
+        """Is it deaf, or is there nothing in what seems to be speech? Who is asked for what there is must answer; who
+        finds turns itself cannot be asked, so that it is made to hear all of it once more, on another connection."""
+        self._unheard = None
+        self._unheard_times += 1
+        asked = not self._stt.turns and self._unheard_times == 1
+        if asked:
+            self._to_stt.put_nowait(None)
+        else:
+            self._spawn(self._stt.renew)
+        if self._unheard_times == 3 and self._unheard_for() > _MEANT:
+            code, message = "stt_silent", "the speech service tells nothing of what seems to be speech"
+            self._tell_error(ProviderTimeoutError(message, code=code))
+        if self._speech or self._unheard_times < 3:
+            self._watch_hearing(_REPLY if asked else None)
 
     # -- The turn taker --
 
@@ -3807,11 +3970,14 @@ class LiveSession:
             case ResumeAudio():
                 self._resume_audio()
             case FlushAudio():
-                self._echo.stopped(self._microphone)
+                self._fall_quiet()
             case AudioDone():
                 self._let_go(action.response_id)
             case InterruptDismissed(reason="echo"):
                 self._echo.it_was_echo()
+                self._echoes += 1
+            case Interrupted():
+                self._echoes = 0
             case TurnFailed(turn_id=turn_id, response_id=response_id, error=error):
                 self._tell_error(error, turn_id=turn_id, response_id=response_id)
             case Refused():
@@ -3834,7 +4000,7 @@ class LiveSession:
         """One question of a kind at a time: the answer to an older one is of no use."""
         if (asked := self._checks.pop(type(action), None)) is not None:
             asked.cancel()
-        if self._check is None:
+        if self._check is None or type(action) in self._unasked:
             self._answer_check(action, None)
         else:
             self._checks[type(action)] = self._spawn(functools.partial(self._ask_check, self._check, action))
@@ -3855,7 +4021,7 @@ class LiveSession:
         except Error as fault:
             if not fault.retryable and not fault.begun:
                 logger.warning("the fast model cannot be asked (%s): the words alone decide", fault.type)
-                self._check = None
+                self._unasked.add(type(action))
         self._answer_check(action, answer)
 
     def _answer_check(self, action: CheckTurn | CheckInterrupt, answer: bool | None) -> None:
@@ -3890,12 +4056,17 @@ class LiveSession:
         self._paused = True
         if self._playing is not None:
             self._playing.left = max(0.0, self._playing.until - self._clock())
+        self._fall_quiet()
+
+    def _fall_quiet(self) -> None:
+        """The client plays no more."""
+        self._loud_until = -math.inf
         self._echo.stopped(self._microphone)
 
     def _resume_audio(self) -> None:
         self._paused = False
         if (playing := self._playing) is not None:
-            playing.until = self._clock() + playing.left
+            self._loud_until = playing.until = self._clock() + playing.left
             self._echo.played(playing.recent.last(playing.left), self._microphone)
             self._more.set()
 
@@ -3910,7 +4081,7 @@ class LiveSession:
         piece = LiveAudio(playing.id, playing.take_audio(2 * round(_PIECE * self._rate)), self._rate)
         self._echo.played(piece.data, self._microphone + ahead * RATE)
         playing.recent.feed(piece.data)
-        playing.until = now + ahead + piece.seconds
+        self._loud_until = playing.until = now + ahead + piece.seconds
         self._feed(AudioSent(playing.id, piece.seconds))
         return piece
 

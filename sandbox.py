@@ -3940,7 +3940,8 @@ class Voice:
         await self.send(cartesia_error(refusal, type="error", done=True, status_code=refusal.status, **more))
 
     async def send(self, message: Json) -> None:
-        await self.ws.send_str(compact(message))
+        if not self.sandbox.mute:
+            await self.ws.send_str(compact(message))
 
 
 def drop(request: web.Request, reset: bool = False) -> None:
@@ -4132,11 +4133,18 @@ def stream_faults(query: Mapping[str, str], turns: bool) -> Iterator[Refusal]:
     yield from language_faults(query.get("language"))
 
 
+async def cartesia_handshake(sandbox: Sandbox) -> Refusal | None:
+    """What `Sandbox.handshakes` orders."""
+    if sandbox.handshakes == "hang":
+        await asyncio.Event().wait()
+    return Refusal("The service is unavailable.", status=503) if sandbox.handshakes == "refuse" else None
+
+
 async def cartesia_listen(request: web.Request) -> web.StreamResponse:
     """The two sockets for streaming STT."""
     sandbox, turns = request.app[SANDBOX], "/turns/" in request.path
     with sandbox.entered(request, "cartesia", dict(request.query)) as record:
-        if refusal := next(cartesia_access(request), None):
+        if refusal := next(cartesia_access(request), None) or await cartesia_handshake(sandbox):
             return cartesia_refuse(request, refusal)
         ws = web.WebSocketResponse(compress=False, heartbeat=60)
         await ws.prepare(request)
@@ -4176,7 +4184,8 @@ async def hear(request: web.Request, ws: web.WebSocketResponse, stream: Stream, 
             drop(request, reset=name == "reset")
             return False
     for message in messages:
-        await ws.send_str(compact(message))
+        if not request.app[SANDBOX].mute:
+            await ws.send_str(compact(message))
     if isinstance(data, str) and (data in ("close", "done") or '"close"' in data):
         await ws.close()
         return False
@@ -4185,12 +4194,13 @@ async def hear(request: web.Request, ws: web.WebSocketResponse, stream: Stream, 
 
 async def cartesia_speak(request: web.Request) -> web.StreamResponse:
     """`/tts/websocket`."""
-    with request.app[SANDBOX].entered(request, "cartesia", dict(request.query)) as record:
-        if refusal := next(cartesia_access(request), None):
+    sandbox = request.app[SANDBOX]
+    with sandbox.entered(request, "cartesia", dict(request.query)) as record:
+        if refusal := next(cartesia_access(request), None) or await cartesia_handshake(sandbox):
             return cartesia_refuse(request, refusal)
         ws = web.WebSocketResponse(compress=False, heartbeat=60)
         await ws.prepare(request)
-        with request.app[SANDBOX].connected(request):
+        with sandbox.connected(request):
             await Voice(request, record, ws).run()
         record.finish(closed=ws.close_code != 1000)
         return ws
@@ -4636,6 +4646,8 @@ class Sandbox:
     pace            seconds that speech over WebSockets takes for each 0.1 seconds of audio
     most_contexts   of speech at a time, then a 429
     context_expires seconds after the last audio of a context until it takes no more text
+    mute            nothing is said on speech WebSockets while this is set: what would have been is lost
+    handshakes      what a new speech WebSocket meets: "" a welcome, "refuse" a 503, "hang" silence
     """
 
     def __init__(self, keep: int = 10_000) -> None:
@@ -4649,6 +4661,8 @@ class Sandbox:
         self.pace = 0.0
         self.most_contexts = 15
         self.context_expires = 1.0
+        self.mute = False
+        self.handshakes = ""
         self.speaking = 0  # contexts
         self.broken: set[Any] = set()  # where streams were broken off as ordered: they are not a second time
         self._sockets: dict[int, web.Request] = {}

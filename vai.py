@@ -1148,7 +1148,7 @@ class Direct:
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
         self.transport = Transport(timeouts)
-        self._detectors: tuple[asyncio.AbstractEventLoop, live.Detectors] | None = None
+        self._detectors: tuple[asyncio.AbstractEventLoop, asyncio.Task[live.Detectors]] | None = None
 
     def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
         """The request, checked. `headers` may hold `anthropic-version` and `anthropic-beta`."""
@@ -1271,7 +1271,9 @@ class Direct:
 
     async def close(self) -> None:
         if self._detectors is not None and self._detectors[0] is asyncio.get_running_loop():
-            await self._detectors[1].close()
+            for detectors in await asyncio.gather(self._detectors[1], return_exceptions=True):
+                if not isinstance(detectors, BaseException):
+                    await detectors.close()
         if "speech" in self.__dict__:
             await self.speech.close()
         await self.transport.close()
@@ -1329,9 +1331,17 @@ class Direct:
         """Those of this event loop: they have a process of their own, which is started once."""
         loop = asyncio.get_running_loop()
         if self._detectors is None or self._detectors[0] is not loop:
-            self._detectors = loop, live.Detectors()
-        await self._detectors[1].start()
-        return self._detectors[1]
+            self._detectors = loop, loop.create_task(self._start_detectors())
+        return await asyncio.shield(self._detectors[1])
+
+    async def _start_detectors(self) -> live.Detectors:
+        detectors = live.Detectors()
+        try:
+            await detectors.start()
+        except (live.DetectorError, OSError) as fault:
+            live.logger.warning("the speech detector does not start, energy decides instead: %s", fault)
+            detectors = live.Detectors("energy")
+        return detectors
 
     def live_session(
         self,
@@ -1369,8 +1379,10 @@ class Direct:
         return live.LiveSession(
             config,
             reply=reply,
-            hear=lambda: hearing.listen(settings.input, sample_rate=live.RATE, turns=turns),
-            speak=speaking.speak,
+            hear=functools.partial(
+                hearing.listen, settings.input, sample_rate=live.RATE, turns=turns, patience=live.PATIENCE
+            ),
+            speak=functools.partial(speaking.speak, patience=live.PATIENCE),
             detect=detectors.open,
             check=check,
             tools={tool.name: functools.partial(_call_tool, tool) for tool in tools if isinstance(tool, Tool)},
@@ -1768,7 +1780,8 @@ class GatewayLive:
     """A live session of a gateway's: the same events, over a WebSocket. Functions are called here."""
 
     _FRAME = 1 << 16  # bytes of audio in one
-    _ENDS = ("audio.done", "response.interrupted", "grace_period.extended", "error")
+    _HEARTBEAT = 20.0  # seconds between pings: a gateway that answers none is gone
+    _ENDS = ("audio.done", "response.interrupted", "error")
 
     def __init__(
         self, sockets: voice.Sockets, request: providers.HTTPRequest, config: JSON, tools: Sequence[Tool[..., Any]]
@@ -1785,7 +1798,9 @@ class GatewayLive:
 
     async def __aenter__(self) -> Self:
         """Raises what the gateway says to the connection or to the configuration."""
-        self._socket = await self._sockets.connect(self._request, _gateway_adapter(), Credential(Secret("")))
+        self._socket = await self._sockets.connect(
+            self._request, _gateway_adapter(), Credential(Secret("")), heartbeat=self._HEARTBEAT
+        )
         try:
             await self._socket.send(providers.dumps({"type": "session.configure", "config": self._config}).decode())
             event = self._read(await self._socket.receive(self._sockets.timeouts.first_byte))
@@ -1862,8 +1877,8 @@ class GatewayLive:
             call = asyncio.create_task(self._call(tool, data["id"], data["input"]))
             self._calls[call] = data["response_id"]
             call.add_done_callback(self._calls.pop)
-        elif data["type"] in self._ENDS and response_id:
-            for call in [call for call, of in self._calls.items() if of == response_id]:
+        elif data["type"] == "grace_period.extended" or (data["type"] in self._ENDS and response_id):
+            for call in [call for call, of in self._calls.items() if response_id in (None, of)]:
                 call.cancel()
 
     async def _call(self, tool: Tool[..., Any], id: str, input: JSON) -> None:

@@ -1580,7 +1580,7 @@ class TTS:
         raise NotImplementedError
 
     def resume(self) -> list[str]:
-        """What to send on a new socket. Raises `StreamTruncated` where it is not known how far the speech had come."""
+        """What to send on a new socket."""
         raise NotImplementedError
 
     def feed(self, message: JSON) -> list[TTSEvent]:
@@ -1701,6 +1701,7 @@ CARTESIA_LANGUAGES = _split(
     "kn ml mr pa or ur"
 )
 CARTESIA_FRAME_SECONDS = 0.1  # of audio that is streamed in
+CARTESIA_PAUSE_SECONDS = 0.4  # between two phrases it is not longer
 STREAM_MODELS = "ink-2"  # take no files
 
 
@@ -1978,6 +1979,7 @@ class CartesiaTTS(TTS):
         self._offset = 0.0  # of its audio
         self._words: list[Word] = []
         self._sent = 0  # of `said`; the rest waits for a letter or digit
+        self._again = 0  # bytes that will come a second time
         self._odd = b""
         self._closed = False  # by the service
 
@@ -1987,7 +1989,7 @@ class CartesiaTTS(TTS):
 
     def rest(self) -> None:
         """A context expires a second after its last audio was sent."""
-        if self._sent > self._from and not any(map(str.isalnum, self.said[self._heard() : self._sent])):
+        if self._sent > self._from and not self._to_come(self._heard()):
             self._closed = True
 
     def say(self, text: str) -> list[str]:
@@ -2014,10 +2016,16 @@ class CartesiaTTS(TTS):
         return [frame] if self._sent > self._from and not self._closed else []
 
     def resume(self) -> list[str]:
-        """Goes on with the word after the last whole one; a part of that word may have been heard twice then."""
-        if self.seconds > self._offset and not self._words:
-            raise StreamTruncated(provider=self._adapter.id)
-        self._renew(self._heard())
+        """Goes on with the word after the last whole one; a part of that word may have been heard twice then.
+
+        Where audio came whose words are not known yet, it is spoken once more, and what came before is left out.
+        """
+        at, again = self._heard(), 0.0
+        if not self._words:
+            again = self.seconds - self._offset
+        elif self._to_come(at):  # a pause is behind a word, but not before the first one
+            again = max(0.0, self.seconds - self._words[-1].end - CARTESIA_PAUSE_SECONDS)
+        self._renew(at, again)
         frames = self.say("")
         return frames + self.end() if self.ended else frames
 
@@ -2031,11 +2039,16 @@ class CartesiaTTS(TTS):
             at = found + len(word.word) if found >= 0 else at
         return at
 
-    def _renew(self, at: int) -> None:
-        """A fresh context, for what was said from here on."""
+    def _to_come(self, at: int) -> bool:
+        """Whether there are words between there and what was sent last."""
+        return any(map(str.isalnum, self.said[at : self._sent]))
+
+    def _renew(self, at: int, again: float = 0.0) -> None:
+        """A fresh context, for what was said from here on. So many seconds of its audio have come already."""
         self.context_id = self._fresh_id()
         self._from = self._sent = at
-        self._offset, self._words, self._odd, self._closed = self.seconds, [], b"", False
+        self._offset, self._again = self.seconds - again, 2 * round(again * self._sample_rate)
+        self._words, self._odd, self._closed = [], b"", False
 
     def feed(self, message: JSON) -> list[TTSEvent]:
         kind = message.get("type")
@@ -2056,6 +2069,8 @@ class CartesiaTTS(TTS):
 
     def _chunk(self, data: str) -> list[TTSEvent]:
         pcm = self._odd + binascii.a2b_base64(data, strict_mode=True)
+        again = min(self._again, len(pcm) & ~1)
+        pcm, self._again = pcm[again:], self._again - again
         whole = len(pcm) & ~1
         self._odd = pcm[whole:]
         self.seconds += duration(whole, self._sample_rate)
@@ -2291,13 +2306,24 @@ class Service:
             upstream = await self._sent(encode(text, settings, self.credential, self.base_url))
         return SpeechStream(self, upstream, settings, timed)
 
-    def listen(self, settings: VoiceInput, *, sample_rate: int = 16_000, turns: bool | None = None) -> STTSession:
-        """Audio in, text out, as it is spoken. `turns`: let the service find their ends; without it, if it can."""
-        return STTSession(self, settings, sample_rate, turns)
+    def listen(
+        self,
+        settings: VoiceInput,
+        *,
+        sample_rate: int = 16_000,
+        turns: bool | None = None,
+        patience: float | None = None,
+    ) -> STTSession:
+        """Audio in, text out, as it is spoken. `turns`: let the service find their ends; without it, if it can.
 
-    def speak(self) -> TTSSession:
-        """Text in, audio out, as it is written."""
-        return TTSSession(self)
+        `patience`: seconds for a connection that broke to be made anew.
+        """
+        return STTSession(self, settings, sample_rate, turns, patience)
+
+    def speak(self, *, patience: float | None = None) -> TTSSession:
+        """Text in, audio out, as it is written. `patience`: seconds of silence, where speech is owed, before it is
+        tried anew."""
+        return TTSSession(self, patience)
 
     async def _sent(self, request: HTTPRequest) -> Upstream:
         upstream = await self.transport.send(request, self.adapter.id)
@@ -2417,14 +2443,24 @@ class STTSession:
 
     A connection that breaks is made anew while iterating, and the audio that no final transcript covers yet is sent
     again, up to `KEPT_SECONDS` of it: no word is lost or told twice as final. The events end after `finish`.
+    With `patience`, that must be done in so many seconds, or iterating raises; else in `ATTEMPTS`.
     """
 
     KEPT_SECONDS = 120.0
-    ONSET_SECONDS = 3.0  # kept where no turn is open
+    ONSET_SECONDS = 15.0  # kept where no turn is open
+    STEADY_SECONDS = 10.0  # a connection that stood so long is no failed attempt
     PIPELINE_SECONDS = 0.5  # kept when a turn ends: the next may have begun, and the end came after as much silence
 
-    def __init__(self, service: Service, settings: VoiceInput, sample_rate: int, turns: bool | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        settings: VoiceInput,
+        sample_rate: int,
+        turns: bool | None,
+        patience: float | None = None,
+    ) -> None:
         adapter = service.adapter
+        self._patience = patience
         self._service = service
         self._settings = settings
         self._sample_rate = sample_rate
@@ -2438,7 +2474,10 @@ class STTSession:
         self._covered = 0  # of them by final transcripts
         self._odd = b""
         self._failures = 0
+        self._since = 0.0  # when the connection was made
         self.reconnects = 0
+        self._interim = False  # words were told that are not final yet …
+        self._after = 0  # … and bytes of audio sent since
         self._last = ""  # final transcript
         self._before = ""  # the last one of an older connection, until the first one of this
         self._turn: str | None = None  # the transcript of the open turn
@@ -2450,6 +2489,7 @@ class STTSession:
     async def __aenter__(self) -> STTSession:
         with self._service._for_caller():
             self._socket = await self._connected()
+        self._since = asyncio.get_running_loop().time()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -2484,6 +2524,21 @@ class STTSession:
             await self._write([self._stt.finish()])
             self._finishing = True
 
+    async def renew(self) -> None:
+        """Break off a connection that has fallen silent: whoever iterates makes it anew."""
+        if self._socket is not None:
+            await self._socket.close()
+
+    def forget(self, seconds: float) -> None:
+        """There is no speech in what was sent before the last `seconds`: it need not be sent again."""
+        if not self._interim and self._turn is None:
+            self._shrink(seconds)
+
+    def unheard(self) -> bytes:
+        """The audio of which no words were told: for another session to hear, when iterating has raised."""
+        audio = b"".join(frame for frame in self._uncovered() if isinstance(frame, bytes))
+        return audio[max(0, len(audio) - self._after) :] if self._interim else audio
+
     async def close(self) -> None:
         """Hang up, whatever has come."""
         self._ended = True
@@ -2516,6 +2571,7 @@ class STTSession:
         self._frames.append(frame)
         if isinstance(frame, bytes):
             self._kept += len(frame)
+            self._after += len(frame)
         self._shrink(self.ONSET_SECONDS if self.turns and self._turn is None else self.KEPT_SECONDS)
 
     async def _read(self) -> None:
@@ -2535,6 +2591,8 @@ class STTSession:
                 return
             if fault.code != "connection_broken":
                 raise
+            if asyncio.get_running_loop().time() - self._since > self.STEADY_SECONDS:
+                self._failures = 0
             if self._finishing and self.turns:  # this endpoint just hangs up
                 self._end()
             elif self._failures >= ATTEMPTS:
@@ -2548,6 +2606,8 @@ class STTSession:
     def _note(self, event: STTEvent) -> None:
         """Keeps account of what the transcripts cover, and passes the event on."""
         self._failures = 0
+        if isinstance(event, Transcript):
+            self._interim, self._after = not event.is_final and event.text != "", 0
         if isinstance(event, TurnStarted):
             if self._reopened:
                 self._reopened = False
@@ -2575,9 +2635,10 @@ class STTSession:
     def _shrink(self, seconds: float) -> None:
         """Forgets old audio until so much is left."""
         most = 2 * self._sample_rate * seconds
-        while self._kept > most and isinstance(self._frames[0], bytes):
-            old = len(self._frames.popleft())
-            self._kept, self._covered = self._kept - old, max(0, self._covered - old)
+        while self._kept > most:
+            if isinstance(frame := self._frames.popleft(), bytes):
+                old = len(frame)
+                self._kept, self._covered = self._kept - old, max(0, self._covered - old)
 
     def _forget_flushed(self) -> None:
         """Forgets the audio before the first `finalize`, and that."""
@@ -2594,19 +2655,26 @@ class STTSession:
             self._events += [Transcript(self._turn, True), TurnEnded(self._turn, complete=False)]
 
     async def _reconnect(self) -> None:
+        loop, name = asyncio.get_running_loop(), self._service.adapter.id
+        until = math.inf if self._patience is None else loop.time() + self._patience
+        if self._socket is not None:
+            await self._socket.close()  # whoever is writing to it stops
         async with self._writing:
-            if self._socket is not None:
-                await self._socket.close()
-                self._socket = None
+            self._socket = None
             while self._socket is None:
-                await asyncio.sleep(pause_before(self._failures + 1))
+                await asyncio.sleep(min(pause_before(self._failures + 1), until - loop.time()))
                 try:
-                    self._socket = await self._caught_up()
+                    async with asyncio.timeout_at(None if self._patience is None else until):
+                        self._socket = await self._caught_up()
+                except TimeoutError:
+                    raise ProviderTimeoutError(f"{name} does not answer", provider=name) from None
                 except Error as fault:
-                    if self._failures + 1 >= ATTEMPTS or not fault.retryable:
+                    self._failures += 1
+                    if self._failures >= ATTEMPTS or not fault.retryable or loop.time() >= until:
                         raise
-                self._failures += 1  # not where the reader has lost patience
+        self._failures += 1  # not where the reader has lost patience
         self.reconnects += 1
+        self._since = loop.time()
         self._before = self._last
         if self._turn is not None:
             self._reopened = True
@@ -2641,14 +2709,18 @@ class TTSSession:
 
     A socket that breaks is made anew, and each context goes on after the last word whose audio came. An idle socket
     is made anew as well: the service closes it after five minutes.
+
+    With `patience`, a service that owes speech and gives none for so many seconds, or cannot take it, is tried anew
+    for as long; without it, a silence is an error after `Timeouts.idle`, and so is a first refusal.
     """
 
     IDLE_SECONDS = 240.0
     PAUSE_SECONDS = 0.5  # after which what was said and heard needs no context any more
     MOST_UNREAD = 16 << 20  # bytes of audio for a context that nobody reads while others are read
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, patience: float | None = None) -> None:
         self._service = service
+        self.patience = patience
         self._socket: Socket | None = None
         self.reconnects = 0
         self._used = 0.0
@@ -2671,7 +2743,7 @@ class TTSSession:
         """Open the socket now, so that the first words need not wait for it."""
         with self._service._for_caller():
             async with self._writing:
-                await self._open()
+                await self._open(self.patience if self._used else None)
 
     async def close(self) -> None:
         """Hang up on all contexts."""
@@ -2680,7 +2752,7 @@ class TTSSession:
         if socket is not None:
             await socket.close()
 
-    async def _open(self) -> Socket:
+    async def _open(self, patience: float | None) -> Socket:
         """The socket, a new one where there is none or it has been idle for long."""
         if self._closed:
             raise RuntimeError("the session is closed")
@@ -2688,8 +2760,12 @@ class TTSSession:
         if self._socket is not None and not self._contexts and now - self._used > self.IDLE_SECONDS:
             await self._lose(self._socket)
         if self._socket is None:
-            request = service.adapter.open_tts(service.credential, service.base_url)
-            self._socket = await service.sockets.connect(request, service.adapter, service.credential)
+            request, name = service.adapter.open_tts(service.credential, service.base_url), service.adapter.id
+            try:
+                async with asyncio.timeout(patience):
+                    self._socket = await service.sockets.connect(request, service.adapter, service.credential)
+            except TimeoutError:
+                raise ProviderTimeoutError(f"{name} does not answer", provider=name) from None
         self._used = now
         return self._socket
 
@@ -2704,7 +2780,7 @@ class TTSSession:
         try:
             async with self._writing:
                 if context.socket is None or context.socket is not self._socket:
-                    context.socket = await self._open()
+                    context.socket = await self._open(self.patience)
                     if context.begun:
                         frames = self._resumed(context)
                 context.begun = True
@@ -2715,10 +2791,14 @@ class TTSSession:
                     await context.socket.send(frame)
         except BaseException as fault:  # a cancel as well: not all of it was sent
             socket, context.socket, context.begun = context.socket, None, True
-            if not isinstance(fault, Error) or fault.code != "connection_broken":
+            if not isinstance(fault, Error) or not (fault.code == "connection_broken" or self._bears(fault)):
                 raise
+            context.trouble = fault
             if socket is not None:
                 await self._lose(socket)  # whoever reads goes on with a new one
+
+    def _bears(self, fault: Error) -> bool:
+        return self.patience is not None and fault.retryable
 
     def _resumed(self, context: TTSContext) -> list[str]:
         frames = context.tts.resume()
@@ -2735,21 +2815,14 @@ class TTSSession:
                 context.finish()
                 return
             if context.socket is None or context.socket is not self._socket:
-                context.failures += 1
-                if context.failures > ATTEMPTS:
-                    raise StreamTruncated(provider=self._service.adapter.id)
-                await asyncio.sleep(pause_before(context.failures))
-                try:
-                    await self._send(context, [])
-                except Error as fault:
-                    if not fault.retryable:
-                        raise
+                await self._go_on(context)
                 return
             socket = context.socket
             try:
-                frame = await socket.receive(self._patience())
+                frame = await socket.receive(self._until_due())
             except TimeoutError:
-                self._expire()
+                if self._expire():
+                    await self._lose(socket)
                 return
             except Error as fault:
                 await self._lose(socket)
@@ -2758,17 +2831,45 @@ class TTSSession:
                 return
         self._dispatch(frame)
 
-    def _patience(self) -> float:
-        """Until the first deadline; a few seconds at most, since others may get one meanwhile."""
+    async def _go_on(self, context: TTSContext) -> None:
+        """On another socket, from where it was."""
+        now = asyncio.get_running_loop().time()
+        if not context.failures:
+            context.failing_since = now
+        context.failures += 1
+        context.resumed += 1
+        left = math.inf if self.patience is None else context.failing_since + self.patience - now
+        if left <= 0 or context.failures > ATTEMPTS or context.resumed > 2 * ATTEMPTS:
+            if context.trouble is None or context.trouble.code == "connection_broken":
+                raise StreamTruncated(provider=self._service.adapter.id)
+            raise context.trouble
+        await asyncio.sleep(min(pause_before(context.failures), left))
+        try:
+            await self._send(context, [])
+        except Error as fault:
+            context.trouble = fault
+            if not fault.retryable:
+                raise
+        context.owe()
+
+    def _until_due(self) -> float:
+        """Until the first deadline; a few seconds at most, since others may get one meanwhile.
+
+        It may have passed while nobody read: what came meanwhile is to be read first.
+        """
         now = asyncio.get_running_loop().time()
         deadlines = [context.deadline for context in self._contexts.values() if context.deadline is not None]
-        return max(0.001, min([5.0, *(deadline - now for deadline in deadlines)]))
+        return max(0.25, min([5.0, *(deadline - now for deadline in deadlines)]))
 
-    def _expire(self) -> None:
+    def _expire(self) -> bool:
+        """Whether a context is to be given another chance, on another socket."""
         now, name = asyncio.get_running_loop().time(), self._service.adapter.id
-        for context in self._contexts.values():
-            if context.deadline is not None and context.deadline <= now:
-                context.fault = ProviderTimeoutError(f"{name} fell silent in mid-speech", provider=name)
+        late = [one for one in self._contexts.values() if one.deadline is not None and one.deadline <= now]
+        for context in late:
+            context.trouble = ProviderTimeoutError(f"{name} fell silent in mid-speech", provider=name)
+            if context.failures or self.patience is None:
+                context.fault = context.trouble
+        return any(context.fault is None for context in late)
 
     def _dispatch(self, frame: str) -> None:
         context_id, message = self._service.adapter.read_tts(frame)
@@ -2799,7 +2900,10 @@ class TTSContext:
         self.finished = False
         self.fault: Error | None = None
         self.deadline: float | None = None  # by when the service owes something
-        self.failures = 0
+        self.failures = 0  # since something last came
+        self.failing_since = 0.0
+        self.resumed = 0
+        self.trouble: Error | None = None  # why it is resumed
         self._session = session
         self._unread = 0
         self._said = asyncio.Event()
@@ -2875,19 +2979,25 @@ class TTSContext:
         self._moved = asyncio.get_running_loop().time()
         try:
             events = self.tts.feed(message)
-        except Error as fault:
-            self.fault = providers.for_caller(fault, self._session._service.credential)
-            self.finish()
+        except Error as raised:
+            fault = providers.for_caller(raised, self._session._service.credential)
             self._session._forget(self)
+            if self._session._bears(fault):
+                self.socket, self.trouble = None, fault
+            else:
+                self.fault = fault
+                self.finish()
             return
         for event in events:
             if isinstance(event, Done):
                 self.finish()
                 self._session._forget(self)
             else:
-                self.failures, self.deadline = 0, self._owed_by() if self.tts.ended else None
+                self.failures, self.trouble, self.deadline = 0, None, None
                 self.ready.append(event)
                 self._unread += len(event.data) if isinstance(event, Audio) else 0
+        if self.tts.ended and not self.finished:
+            self.owe()
         if self._unread > self._session.MOST_UNREAD:
             self.fault = ProviderError("nobody reads the speech that was asked for", code="speech_unread")
 
@@ -2904,13 +3014,17 @@ class TTSContext:
         self.finished, self.deadline = True, None
         self._said.set()
 
-    def _owed_by(self) -> float:
-        return asyncio.get_running_loop().time() + self._session._service.sockets.timeouts.idle
+    def owe(self) -> None:
+        """The service has something to say from now on."""
+        idle = self._session._service.sockets.timeouts.idle
+        patience = idle if self._session.patience is None else self._session.patience
+        self.deadline = asyncio.get_running_loop().time() + patience
 
     async def _send(self, frames: list[str]) -> None:
         if not frames:
             return
-        self.deadline, self._moved = self._owed_by(), asyncio.get_running_loop().time()
+        self.owe()
+        self._moved = asyncio.get_running_loop().time()
         try:
             with self._session._service._for_caller():
                 await self._session._send(self, frames)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import vai
 from live import Detectors, LiveAudio, LiveEvent, LiveSession, Timing, read_config, read_message
-from sandbox import Sandbox, speech
+from sandbox import Ear, Sandbox, speech
 from voice import Resampler
 
 SPEED = 8.0
@@ -373,6 +373,64 @@ def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
     quick(work())
 
 
+@pytest.mark.parametrize(("mode", "gain"), [("auto", 0.6), ("always", 0.25), ("never", 0.25)])
+def test_a_loudspeaker_without_echo_cancellation(mode: str, gain: float) -> None:
+    """One speaks at a time: the user is heard afterwards, the client can still interrupt; and with headphones on, so
+    can the user."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            text = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen."
+            sandbox.transcripts.append(text.lower())
+            async with talking(sandbox=sandbox, voice={**NO_GRACE, "interrupt": {"mode": mode}}) as talk:
+                talk.echo = gain
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                await asyncio.sleep(1)
+                before = len(talk.told("vad.speech"))
+                assert len(talk.told("audio.pause")) < 6
+                await talk.send("input.text", text=f"[say {text}]")
+                await talk.until("audio.done")
+                await asyncio.sleep(1)
+                assert len(talk.told("vad.speech")) == before
+                await talk.say("Please [words 60] for me")
+                await talk.until("audio.start")
+                assert not talk.told("response.interrupted")
+                assert len(talk.told("input.committed")) == 3
+                talk.echo = 0.0
+                await asyncio.sleep(8)
+                if mode != "never":
+                    await talk.say("Stop.")
+                else:
+                    await talk.send("input.interrupt")
+                await talk.until("response.interrupted")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("mode", ["never", "manual", "disabled", "always"])
+def test_modes_of_interruption(mode: str) -> None:
+    """What is said over an answer ends it at once, or is the next turn when it is over."""
+
+    async def work() -> None:
+        async with talking(voice={**NO_GRACE, "interrupt": {"mode": mode}}) as talk:
+            await talk.send("input.text", text="[words 8]")
+            await talk.until("audio.start")
+            await asyncio.sleep(0.6)
+            await talk.say("[say Yes.] What about Rome?")
+            if mode == "always":
+                await talk.until("response.interrupted")
+            else:
+                await talk.until("audio.done")
+                assert not talk.told("response.interrupted")
+            await talk.until("input.committed", transcript="[say Yes.] What about Rome?")
+            await talk.until("audio.done")
+            assert not talk.told("audio.pause")
+            assert talk.audio().endswith(speech("Yes."))
+
+    quick(work())
+
+
 def test_history_ends_where_the_client_says_that_it_played() -> None:
     """Its loudspeaker is late: what real time would allow was not heard."""
 
@@ -489,9 +547,6 @@ def test_a_picture_waits_for_its_words() -> None:
 # == Tools =============================================================================================================
 
 CALL = '[tool get_weather {"city":"Oslo"}] [tool get_weather {"city":"Rome"}] [then] [say Mild.]'
-WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
-
-
 WEATHER = {"name": "get_weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 
 
@@ -799,8 +854,8 @@ def test_speech_that_cannot_be_had() -> None:
     quick(work())
 
 
-@pytest.mark.parametrize("said", ["[error]", "[reset]"])
-def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["an error at some word", "a lost connection"])
+def test_listening_fails_for_good(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said so far is a turn, the client is told, and another stream is opened."""
 
     async def work() -> None:
@@ -808,7 +863,10 @@ def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) ->
             await talk.say("[say Hello.] This was heard")
             with monkeypatch.context() as patch:
                 patch.setattr("voice.ATTEMPTS", 0)
-                await talk.say(said)
+                if how == "a lost connection":
+                    talk.sandbox.drop_sockets()
+                else:
+                    await talk.say("[error]")
                 await talk.until("error", fatal=False)
             await talk.until("audio.done")
             assert talk.session.messages[0]["content"].startswith("[say Hello.] This was heard")
@@ -816,6 +874,224 @@ def test_listening_fails_for_good(said: str, monkeypatch: pytest.MonkeyPatch) ->
             await talk.until("audio.done")
             assert talk.audio().endswith(speech("Once more."))
             assert talk.session.reconnects
+
+    quick(work())
+
+
+async def is_mute_until_called_again(sandbox: Sandbox) -> None:
+    """The speech service says nothing, on connections that stand, until the next one comes."""
+    sandbox.mute = True
+    await sandbox.wait_for(sandbox.seen + 1)
+    sandbox.mute = False
+
+
+def said_in(messages: list[JSON]) -> str:
+    """All that the user said in a conversation."""
+    contents = [one["content"] for one in messages if one["role"] == "user"]
+    texts = [[one] if isinstance(one, str) else [block["text"] for block in one] for one in contents]
+    return " ".join(text for some in texts for text in some)
+
+
+def heard_in(pcm: bytes, rate: int = 24_000) -> str:
+    """The words of the sandbox's speech."""
+    return " ".join(said.word for said in Ear(rate, iter(())).feed(pcm))
+
+
+@pytest.mark.parametrize("detection", ["vad", "auto"])
+def test_listening_that_falls_silent(detection: str) -> None:
+    """Nothing comes of what the user says: it is heard once more, over another connection."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+            silence = asyncio.create_task(is_mute_until_called_again(talk.sandbox))
+            await asyncio.sleep(0)
+            await talk.say("[say Yes.] Is anybody there?")
+            await silence
+            await talk.until("input.committed", transcript="[say Yes.] Is anybody there?")
+            await talk.until("audio.done")
+            assert talk.session.reconnects == 1
+            assert not talk.told("error")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("detection", ["vad", "auto"])
+def test_listening_that_stays_silent(detection: str) -> None:
+    """After some attempts the client is told; and when it is back, all goes on."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+            talk.sandbox.mute = True
+            saying = asyncio.create_task(talk.say("word " * 90))
+            assert (await talk.until("error", fatal=False))["error"]["code"] == "stt_silent"
+            assert talk.session.reconnects <= 3
+            saying.cancel()
+            talk._unsaid.clear()
+            talk.sandbox.mute = False
+            await asyncio.sleep(1.5)
+            await talk.say("[say Here.] and now")
+            await talk.until("audio.start")
+            await talk.until("audio.done")
+            assert len(talk.told("error")) == 1
+
+    quick(work())
+
+
+@pytest.mark.parametrize("seconds", [8.0, 0.4], ids=["noise", "a cough"])
+def test_sound_without_words_is_no_fault(seconds: float) -> None:
+    """A speech service that says nothing of it is not taken for a dead one."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.transcripts.append("")
+            async with talking(sandbox=sandbox, voice=VAD) as talk:
+                await talk.play(buzz(seconds))
+                await asyncio.sleep(8)
+                assert talk.told("vad.speech")
+                assert not talk.told("error")
+                assert talk.session.reconnects == 0
+
+    quick(work())
+
+
+@pytest.mark.parametrize("handshakes", ["refuse", "hang"])
+@pytest.mark.parametrize("detection", ["vad", "auto"])
+def test_listening_that_cannot_be_had_for_a_while(detection: str, handshakes: str) -> None:
+    """The client is told within three seconds; what is said meanwhile is heard later."""
+
+    async def work() -> None:
+        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+            await talk.say("[say Yes.] One two")
+            await talk.until("transcript.delta", delta="[say Yes.] One two")
+            talk.sandbox.handshakes = handshakes
+            lost = now()
+            talk.sandbox.drop_sockets()
+            saying = asyncio.create_task(talk.say("three four five six seven eight nine ten eleven twelve"))
+            await talk.until("error", fatal=False)
+            assert now() - lost < 4.5  # of which 2.5 are waited
+            await saying
+            await asyncio.sleep(2)
+            talk.sandbox.handshakes = ""
+            while "twelve" not in said_in(talk.session.messages):
+                await talk.until("input.committed")
+            words = "[say Yes.] One two three four five six seven eight nine ten eleven twelve"
+            assert said_in(talk.session.messages) == words
+            assert [event.get("turn_id") for event in talk.told("error")].count(None) == 1
+
+    quick(work())
+
+
+NUMBERS = "One two three. Four five six seven. Eight nine ten eleven twelve."
+
+
+@pytest.mark.parametrize("text", [NUMBERS, NUMBERS.replace(".", ",")], ids=["sentences", "a sentence"])
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0])
+def test_speech_that_falls_silent(text: str, seconds: float) -> None:
+    """It goes on with the word at which it stopped, over another connection."""
+
+    async def work() -> None:
+        async with Sandbox() as sandbox:
+            sandbox.pace = 0.05
+            async with talking(sandbox=sandbox, voice=VAD) as talk:
+                await talk.send("input.text", text=f"[say {text}]")
+                await (talk.until("audio.start") if seconds else talk.until("message_start"))
+                await asyncio.sleep(seconds)
+                began = now()
+                await is_mute_until_called_again(sandbox)
+                assert now() - began < 4.5
+                await talk.until("audio.done")
+                words = heard_in(talk.audio()).split()
+                assert [word for word, _ in itertools.groupby(words)] == text.split()
+                assert len(words) <= len(text.split()) + 1
+                assert not talk.told("error")
+                assert talk.session.reconnects == 1
+
+    quick(work())
+
+
+@pytest.mark.parametrize("fault", ["mute", "refuse", "hang", "too many"])
+def test_speech_that_cannot_be_had_any_more(fault: str) -> None:
+    """Within five seconds the client is told and listened to; and when it is back, all goes on."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            await talk.send("input.text", text="[say Ready.]")
+            await talk.until("audio.done")
+            if fault in ("refuse", "hang"):
+                talk.sandbox.handshakes = fault
+                talk.sandbox.drop_sockets()
+            talk.sandbox.mute = fault == "mute"
+            talk.sandbox.most_contexts = 0 if fault == "too many" else 15
+            await talk.send("input.text", text="[say Now then.]")
+            turn_id = (await talk.until("input.committed"))["turn_id"]
+            began = now()
+            assert not (await talk.until("error", turn_id=turn_id))["fatal"]
+            await talk.until("state", state="listening")
+            assert now() - began < 8  # of which 5 are waited
+            talk.sandbox.mute, talk.sandbox.handshakes, talk.sandbox.most_contexts = False, "", 15
+            await talk.send("input.text", text="[say Back.]")
+            await talk.until("audio.done")
+            assert heard_in(talk.audio()).endswith("Back.")
+
+    quick(work())
+
+
+def test_speech_that_is_refused_for_a_moment() -> None:
+    """Others have all places of the plan, and one is free a little later."""
+
+    async def work() -> None:
+        async with talking(voice=VAD) as talk:
+            talk.sandbox.most_contexts = 0
+            asyncio.get_running_loop().call_later(0.7, setattr, talk.sandbox, "most_contexts", 15)
+            await talk.send("input.text", text="[say Now then.]")
+            await talk.until("audio.done")
+            assert heard_in(talk.audio()) == "Now then."
+            assert not talk.told("error")
+
+    quick(work())
+
+
+def test_a_model_that_hangs_can_be_interrupted() -> None:
+    """In each state before there is something to hear; a client that reports its playback is no sign of life."""
+
+    async def work() -> None:
+        async with talking(voice=NO_GRACE, timing=Timing(stall=4.0)) as talk:
+            await talk.say("[hang] [words 5]")
+            await talk.until("input.committed")
+            await talk.say("Stop. [hang] [words 5]")
+            await talk.until("response.interrupted")
+            committed = await talk.until("input.committed")
+            for _ in range(30):
+                await talk.send("playback", response_id=talk.told("message_start")[-1]["response_id"], played_ms=0)
+                await asyncio.sleep(0.2)
+            error = await talk.until("error", turn_id=committed["turn_id"])
+            assert error["error"]["code"] == "answer_stalled"
+            await talk.until("state", state="listening")
+
+    quick(work())
+
+
+@pytest.mark.parametrize("kind", ["image/tiff", "video/mp4"])
+def test_what_the_model_refuses_is_not_shown_to_it_again(kind: str) -> None:
+    """Whether it is the provider that will not have it, or there is no form for it in its requests."""
+
+    async def work() -> None:
+        block = {"type": kind.split("/")[0], "source": {"type": "base64", "media_type": kind, "data": TINY_PNG}}
+        async with talking(voice=VAD) as talk:
+            await talk.send("input.content", content=[block])
+            await talk.say("What is this?")
+            error = await talk.until("error", fatal=False)
+            assert error["error"]["type"] == "invalid_request_error"
+            assert "no longer shown" in error["error"]["message"]
+            await talk.until("state", state="listening")
+            await talk.send("input.text", text="[say Never mind.]")
+            await talk.until("audio.done")
+            asked = talk.requests()[-1]["messages"][-1]["content"]
+            assert [one["text"] for one in asked] == [
+                f"[left out: {block['type']}]",
+                "What is this?",
+                "[say Never mind.]",
+            ]
 
     quick(work())
 

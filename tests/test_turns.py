@@ -91,7 +91,7 @@ from live import (
     takes_time,
     words,
 )
-from providers import InvalidRequestError, ProviderError, parse_request
+from providers import Error, InvalidRequestError, ProviderError, parse_request
 from voice import Flushed, Transcript, TurnEagerEnd, TurnEnded, TurnResumed, TurnStarted, Word
 
 JSON = dict[str, Any]
@@ -3622,6 +3622,56 @@ def test_what_stays_of_an_answer(heard: int | None, save: str, kept: list[list[J
     answer = answer_messages(steps, said, heard, save)
     assert [content for _, content in answer] == kept
     assert [role for role, _ in answer] == ["assistant", "user", "assistant"][: len(kept)]
+
+
+PICTURE: JSON = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
+EARLIER: list[JSON] = [
+    {"role": "user", "content": [PICTURE, block("And this?")]},
+    {"role": "assistant", "content": [block("A dot.")]},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": [block("Welcome.")]},
+]
+
+
+def refused(turns: TurnTaker, error: Error, *parts: JSON) -> str:
+    """What is told of a turn that the model refuses."""
+    (run,) = [one for one in turns.handle(1, InputContent(list(parts))) if isinstance(one, StartRun)]
+    (told,) = [one for one in turns.handle(1, RunFailed(run.response_id, error)) if isinstance(one, TurnFailed)]
+    return told.error.message
+
+
+def test_a_request_that_is_refused_is_not_made_again() -> None:
+    """What is no text leaves the turn, then the history, and then its older half leaves; the roles alternate."""
+    turns = TurnTaker(history=EARLIER)
+    fault = InvalidRequestError("no pictures, and it is too long")
+    assert "in this turn" in refused(turns, fault, PICTURE, block("What is it?"))
+    left_out = block("[left out: image]")
+    assert turns.messages == [*EARLIER, {"role": "user", "content": [left_out, block("What is it?")]}]
+    assert "earlier turns" in refused(turns, fault, block("Well?"))
+    assert turns.messages[0]["content"] == [left_out, block("And this?")]
+    assert "older half" in refused(turns, fault, block("Hm."))
+    assert turns.messages[0] == EARLIER[2]
+    assert turns.messages[-1]["content"] == [left_out, *map(block, ("What is it?", "Well?", "Hm."))]
+    valid(turns.messages, is_open=True)
+    assert refused(turns, ProviderError("broken"), PICTURE, block("And?")) == "broken"
+    assert PICTURE in turns.messages[-1]["content"]
+
+
+def test_a_result_that_is_refused_is_not_shown_again() -> None:
+    turns = TurnTaker()
+    (run,) = [one for one in turns.handle(0, InputText("Look.")) if isinstance(one, StartRun)]
+    use = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
+    turns.handle(0, StepEnded(run.response_id, [use], "tool_use"))
+    turns.handle(0, ToolReturned("1", [PICTURE, block("a dot")]))
+    turns.handle(0, RunFailed(run.response_id, InvalidRequestError("no pictures")))
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block("[left out: image]"), block("a dot")]}
+    assert turns.messages[-1] == {"role": "user", "content": [result]}
+
+
+def test_speech_that_is_resumed_tells_its_words_anew() -> None:
+    ledger = spoken("the", "cat", "saw", "the", "dog")
+    ledger.time([Word("saw", 0.6, 0.8), Word("the", 0.85, 1.05), Word("dog", 1.1, 1.2)])
+    assert [ledger.heard(at) for at in (0.75, 0.82, 1.0, 1.1)] == ["the cat", *["the cat saw"] * 2, "the cat saw the"]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["send", "pause", "resume", "report"]), st.floats(0, 3)), max_size=30))
