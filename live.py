@@ -362,50 +362,116 @@ class Sensitivity:
     stop: float = 0.3  # of no speech: shorter pauses are part of it
     floor_ceiling: float = 0.02  # the room counts as no louder than that, until it has been for `patience`
     start_ratio: float = 1.7  # by energy alone: how far above the floor speech starts …
-    stay_ratio: float = 1.6  # … and goes on
+    start_over: float = 1.2  # … and above what the room rises to by itself
+    stay_ratio: float = 1.6  # and how far it goes on
+    stay_over: float = 1.0
 
 
 # -- The room --
 
-_WINDOW = 64  # of halved samples: 8 ms
-_LEAST_FLOOR = 0.0012  # -58 dBFS
+_LEAST_FLOOR = 0.0012  # -58 dBFS, of all below 4 kHz; half of it in a band
 _FLOOR_SPAN, _FLOOR_SPANS = 31, 6  # frames in a span, and spans that the floor looks back on: six seconds
+_USUAL_FALL = 0.99  # a frame: 3 dB in a second
+_USUAL_DELAY = 11  # frames: what came right before somebody was heard to speak may have been the start of it
+_USUAL_LENGTH = 3  # frames: what is shorter, a knock, makes nobody deaf to what follows
+_MASKED = 0.1  # of the loudest band: what is 20 dB below it in another one is no evidence of anything
 
 
-class Room:
-    """How loud each frame is, and how loud the room is when nobody speaks: what level never fell below lately.
+class _Band:
+    """How loud a band of frequencies is, frame by frame; all of it RMS, 0 to 1.
 
-    Levels are RMS, 0 to 1, of what lies below 4 kHz: there is most of a voice, but only half of a hiss.
-    `steady` is the level of most of the last 64 ms, which clicks do not raise. `floor` is at most `ceiling`.
+    `steady` is the level of most of the last 64 ms, which clicks do not raise. `floor` is what that never fell below
+    lately: the room when nobody speaks. `usual` is what it rises to when nobody speaks, as music does.
     """
 
-    def __init__(self, ceiling: float) -> None:
-        self.ceiling = ceiling
-        self.level = self.steady = 0.0
+    def __init__(self) -> None:
+        self.level = self.steady = self.floor = self.usual = 0.0
         self._windows: collections.deque[float] = collections.deque(maxlen=8)
         self._smooth: float | None = None
         self._lows: collections.deque[float] = collections.deque(maxlen=_FLOOR_SPANS)
         self._low, self._count = math.inf, 0
+        self.unsure: collections.deque[float] = collections.deque()  # frames that somebody may have begun to speak in
 
-    def feed(self, frame: bytes) -> None:
-        samples = voice._samples("h", frame)
-        halved = list(map(operator.add, samples[0::2], samples[1::2]))
-        scale = 2 * 32768 * math.sqrt(_WINDOW)
-        new = [math.hypot(*halved[at : at + _WINDOW]) / scale for at in range(0, len(halved), _WINDOW)]
+    def feed(self, values: Sequence[int], scale: float) -> None:
+        """A frame, four windows; `scale` is what a value at full scale comes to."""
+        size = len(values) // 4
+        new = [math.hypot(*values[at : at + size]) / (scale * math.sqrt(size)) for at in range(0, len(values), size)]
         self._windows.extend(new)
         self.level = math.hypot(*new) / math.sqrt(len(new))
         self.steady = sorted(self._windows)[len(self._windows) * 3 // 8]
         self._smooth = self.steady if self._smooth is None else self._smooth + 0.3 * (self.steady - self._smooth)
         self._low = min(self._low, self._smooth)
-        self._floor = min(self._low, *self._lows) if self._lows else self._low
+        self.floor = min(self._low, *self._lows) if self._lows else self._low
         self._count += 1
         if self._count == _FLOOR_SPAN:
             self._lows.append(self._low)
             self._low, self._count = math.inf, 0
 
+    def learn(self) -> None:
+        """Nobody spoke in this frame, as far as is known."""
+        self.unsure.append(self.steady)
+        if len(self.unsure) > _USUAL_DELAY:
+            self.usual = max(self.usual * _USUAL_FALL, min(itertools.islice(self.unsure, _USUAL_LENGTH)))
+            self.unsure.popleft()
+
+
+class Room:
+    """How loud each frame is, and how loud the room is when nobody speaks.
+
+    Levels are RMS, 0 to 1, of what lies below 4 kHz: there is most of a voice, but only half of a hiss. Three bands are
+    listened to apart, up to 1 kHz, around 3 kHz and around 7: few noises, and little music, fill all of them as a voice
+    does. No floor counts for more than `ceiling`.
+    """
+
+    def __init__(self, ceiling: float) -> None:
+        self.ceiling = ceiling
+        self._whole = _Band()
+        self._bands = (_Band(), _Band(), _Band())
+
+    def feed(self, frame: bytes) -> None:
+        samples = voice._samples("h", frame)
+        halved = list(map(operator.add, samples[0::2], samples[1::2]))
+        self._whole.feed(halved, 2 * 32768)
+        quarters = halved[0::4], halved[1::4], halved[2::4], halved[3::4]
+        low, middle, high = self._bands
+        low.feed([a + b + c + d for a, b, c, d in zip(*quarters, strict=True)], 8 * 32768)
+        middle.feed([a - 2 * b + c for a, b, c, _ in zip(*quarters, strict=True)], 8 * 32768)
+        eighths = zip(samples[0::8], samples[1::8], samples[2::8], strict=True)
+        high.feed([a - 2 * b + c for a, b, c in eighths], 4 * 32768)
+
+    @property
+    def level(self) -> float:
+        return self._whole.level
+
+    @property
+    def steady(self) -> float:
+        return self._whole.steady
+
     @property
     def floor(self) -> float:
-        return max(_LEAST_FLOOR, min(self._floor, self.ceiling))
+        return max(_LEAST_FLOOR, min(self._whole.floor, self.ceiling))
+
+    def learn(self, speaking: bool) -> None:
+        """What this frame tells of the room; nothing while somebody speaks."""
+        for band in self._bands:
+            if speaking:
+                band.unsure.clear()
+            else:
+                band.learn()
+
+    def unlearn(self) -> None:
+        """What it was thought to rise to was somebody's voice."""
+        for band in self._bands:
+            band.usual = 0.0
+
+    def stands_out(self, floor_ratio: float, usual_ratio: float) -> bool:
+        """Whether the frame is so far above the floor, and above what the room rises to; in all bands together."""
+        masked = _MASKED * max(band.usual for band in self._bands)
+        excess = 0.0
+        for band in self._bands:
+            floor = max(_LEAST_FLOOR / 2, min(band.floor, self.ceiling))
+            excess += (band.steady / max(floor_ratio * floor, usual_ratio * band.usual, masked)) ** 2
+        return excess >= len(self._bands)
 
 
 # -- Echo --
@@ -609,6 +675,7 @@ class Detector:
         self._gap = 0  # frames without speech, while speaking …
         self._quiet = 0  # … and those that are as quiet as the room
         self._wordless = 0
+        self._doubted = False  # it lasted without a word
         self._threshold = sensitivity.threshold
         self._stop = max(1, round(sensitivity.stop * RATE / FRAME))
 
@@ -621,6 +688,9 @@ class Detector:
         """There are words in what is heard: it is speech indeed."""
         self._wordless = 0
         self._threshold = self.sensitivity.threshold
+        if self._doubted:
+            self._doubted = False
+            self.room.unlearn()
 
     def reset(self) -> None:
         """A turn has ended: whatever comes next is judged afresh, by the same floor."""
@@ -656,8 +726,10 @@ class Detector:
         return events
 
     def _by_energy(self) -> float:
-        wanted = self.sensitivity.stay_ratio if self.speaking else self.sensitivity.start_ratio
-        return float(self.room.steady >= wanted * self.room.floor)
+        wanted = self.sensitivity
+        if self.speaking:
+            return float(self.room.stands_out(wanted.stay_ratio, wanted.stay_over))
+        return float(self.room.stands_out(wanted.start_ratio, wanted.start_over))
 
     def _ask(self) -> Ask | None:
         was_open = self._hang > 0
@@ -672,14 +744,24 @@ class Detector:
         return Ask(list(self._recent), fresh=True)
 
     def _judge(self, score: float) -> list[SpeechEvent]:
+        needed = 0.0
         if self.echo is not None:
             needed = self.echo.needed(self.frames)
             self.echo.learn(self.frames, self.room.level, self.speaking)
             if self.room.level < needed:
                 score = 0.0
+        events = self._judge_end(score) if self.speaking else self._judge_start(score)
+        if not needed:  # our own voice is not the room's
+            self.room.learn(self.speaking and not self._lasting)
+        return events
+
+    @property
+    def _lasting(self) -> bool:
+        """Somebody is taken to have spoken for long, and there was no word in it."""
+        return self._wordless * FRAME >= self.sensitivity.patience * RATE
+
+    def _judge_start(self, score: float) -> list[SpeechEvent]:
         last, self._last = self._last, score
-        if self.speaking:
-            return self._judge_end(score)
         self._settling = max(0, self._settling - 1)
         threshold = self.sensitivity.wary if self._settling else self._threshold
         self._run = self._run + 1 if score >= threshold / 2 else 0
@@ -692,8 +774,8 @@ class Detector:
 
     def _judge_end(self, score: float) -> list[SpeechEvent]:
         self._wordless += 1
-        if self._wordless * FRAME >= self.sensitivity.patience * RATE:
-            self._threshold, self.room.ceiling = self.sensitivity.wary, 1.0
+        if self._lasting:
+            self._threshold, self.room.ceiling, self._doubted = self.sensitivity.wary, 1.0, True
         quiet = self.room.steady < _GATE_RATIO * self.room.floor
         self._quiet = self._quiet + 1 if quiet else 0
         if score >= self._threshold:
