@@ -458,14 +458,16 @@ class InferenceSession:
 
 
 @pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An onnxruntime that plays models, in a folder to put them into."""
     pytest.importorskip("numpy")
     (tmp_path / "onnxruntime.py").write_text(RUNTIME)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", sys)  # so that it is put back, or out, at the end
+    del sys.modules["onnxruntime"]
     live._onnx_session.cache_clear()
-    return tmp_path
+    yield tmp_path
+    live._onnx_session.cache_clear()
 
 
 @pytest.mark.parametrize("inputs", ["input state sr", "sr state input", "input state"])
