@@ -1903,6 +1903,7 @@ SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does no
 TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
 KEPT = (*TYPED, "tool_result")  # what is kept, and sent to the model with every turn from then on
 BLOCK_BYTES = 1024  # what a content block counts at least
+MOST_PAUSE = 2.0  # seconds; whoever is not read for long cannot be heard to live
 WORK_RATE = 4 << 20  # such bytes a second are read: large messages are work, for which other callers would wait
 
 
@@ -2109,7 +2110,7 @@ class LiveSocket:
             else:
                 await session.send(message)
             if not isinstance(message, bytes):
-                await asyncio.sleep(self._work(message) / WORK_RATE)
+                await asyncio.sleep(min(self._work(message) / WORK_RATE, MOST_PAUSE))
 
     def _work(self, message: JSON | None) -> int:
         """How much there is to do for a message: its bytes, and no fewer than its blocks count."""
@@ -2138,6 +2139,7 @@ class LiveSocket:
                 self._gateway.metrics.live_audio("out", event.seconds)
                 if binary:
                     await self._socket.send_bytes(event.data)
+                    self._exchange.sent = (self._exchange.sent or 0) + len(event.data)
                     continue
             else:
                 self._count(event)
@@ -2148,7 +2150,9 @@ class LiveSocket:
             await self._say(event.to_wire())
 
     async def _say(self, message: JSON) -> None:
-        await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
+        text = providers.dumps(message)
+        await self._socket.send_frame(text, aiohttp.WSMsgType.TEXT)
+        self._exchange.sent = (self._exchange.sent or 0) + len(text)
 
     async def _say_last(self, fault: Error) -> None:
         """Why this is the end."""

@@ -286,6 +286,7 @@ async def test_a_typed_turn(gateway: Served, sandbox: Sandbox, logged: Logged) -
     assert (line["input_tokens"], line["output_tokens"]) == (usage["input_tokens"], usage["output_tokens"])
     assert line["live"]["audio_out"] == pytest.approx(len(talk.audio) / 48_000, abs=0.1)
     assert (line["live"]["turns"], line["live"]["closed"]) == (1, "client")
+    assert line["bytes"] > len(talk.audio)
     assert "Hello there" not in "".join(logged.json)
     await all_done(sandbox)
 
