@@ -839,6 +839,8 @@ class SharedLimiter:
                 async with asyncio.timeout_at(until):
                     await self.connected.wait()
                 answer = await self._put(*question, self._may_begin)
+        if self._sessions != sessions:  # while this one waited others came or went
+            self._tell_again()
         self.passed += answer is None
         return answer
 
