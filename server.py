@@ -1905,8 +1905,8 @@ SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does no
 TYPED = ("input.text", "input.content")  # turns that cost no time to make: they count as requests
 KEPT = (*TYPED, "tool_result")  # what is kept, and sent to the model with every turn from then on
 BLOCK_BYTES = 1024  # what a content block counts at least
-MOST_PAUSE = 2.0  # seconds; whoever is not read for long cannot be heard to live
 WORK_RATE = 4 << 20  # such bytes a second are read: large messages are work, for which other callers would wait
+LEAST_PAUSE, MOST_PAUSE = 0.01, 2.0  # seconds; whoever is not read for long cannot be heard to live
 
 
 class Allowance:
@@ -2111,8 +2111,8 @@ class LiveSocket:
                 return
             else:
                 await session.send(message)
-            if not isinstance(message, bytes):
-                await asyncio.sleep(min(self._work(message) / WORK_RATE, MOST_PAUSE))
+            if not isinstance(message, bytes) and (pause := self._work(message) / WORK_RATE) > LEAST_PAUSE:
+                await asyncio.sleep(min(pause, MOST_PAUSE))
 
     def _work(self, message: JSON | None) -> int:
         """How much there is to do for a message: its bytes, and no fewer than its blocks count."""
