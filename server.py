@@ -750,7 +750,6 @@ end
 return {0, all}
 """
 SESSIONS_KEY = "{vai}:live"
-MAY_BEGIN = {0: True, 1: False}
 Keys = tuple[str | float, ...]  # keys of Redis' and arguments
 
 
@@ -768,6 +767,7 @@ class SharedLimiter:
     PAUSE = 1.0  # seconds, from a failure to the next attempt
     LEASE = 30.0  # seconds for which the sessions of a gateway count, unless it says anew that it has them
     RENEW = 10.0  # seconds until it does
+    SECOND_CHANCE = 0.5  # seconds that a session may wait for a Redis that is late, before it begins all the same
 
     def __init__(self, url: str, rpm: int, clock: Callable[[], float] = time.monotonic) -> None:
         try:
@@ -787,6 +787,7 @@ class SharedLimiter:
         self._under_way: list[Asked[Any]] = []
         self._task: asyncio.Task[None] | None = None
         self._renewal: asyncio.TimerHandle | None = None
+        self._late = False  # an answer is overdue, and may still come
         self._id = secrets.token_hex(8)  # among the gateways
         self._sessions = 0
         self._forgotten = True  # Redis holds nothing of ours
@@ -810,8 +811,12 @@ class SharedLimiter:
 
     async def admit(self, account: str, rpm: int) -> Verdict | None:
         """As `Limiter.admit`; None where Redis does not answer."""
-        keys = f"{{vai}}:rpm:{account}", "{vai}:rpm:all"  # in braces: one node of a cluster
-        return await self._ask(SHARED_WINDOWS, keys, (rpm, self._rpm), functools.partial(self._verdict, rpm))
+        verdict = None
+        if self.connected.is_set():
+            keys = f"{{vai}}:rpm:{account}", "{vai}:rpm:all"  # in braces: one node of a cluster
+            verdict = await self._put(SHARED_WINDOWS, keys, (rpm, self._rpm), functools.partial(self._verdict, rpm))
+        self.passed += verdict is None
+        return verdict
 
     def _verdict(self, rpm: int, told: Sequence[int]) -> Verdict:
         code, total, wait = told
@@ -822,11 +827,22 @@ class SharedLimiter:
     async def begin(self, sessions: int, most: int) -> bool | None:
         """Whether a live session may begin, the last of `sessions` here, where there may be `most` in all.
 
-        None where Redis does not answer. Whatever comes of it, `tell` how many there are when it is over.
+        None where Redis does not answer; for one that is late it waits a little. Whatever comes of it, `tell` how many
+        there are when it is over.
         """
         self._sessions, self._forgotten = sessions, False
-        args = self._id, sessions, most, self.LEASE
-        return await self._ask(SHARED_SESSIONS, (SESSIONS_KEY,), args, lambda told: MAY_BEGIN[told[0]])
+        question = SHARED_SESSIONS, (SESSIONS_KEY,), (self._id, sessions, most, self.LEASE)
+        answer = None
+        until = asyncio.get_running_loop().time() + self.SECOND_CHANCE
+        with contextlib.suppress(TimeoutError):
+            while answer is None and (self._late or self.connected.is_set()):
+                async with asyncio.timeout_at(until):
+                    await self.connected.wait()
+                answer = await self._put(*question, self._may_begin)
+        if self._sessions != sessions:  # while this one waited others came or went
+            self._tell_again()
+        self.passed += answer is None
+        return answer
 
     def tell(self, sessions: int) -> None:
         """So many live sessions are left here. Nobody waits for that: what Redis misses now, it is told later."""
@@ -837,7 +853,11 @@ class SharedLimiter:
 
     def _told(self, sessions: int, told: Sequence[int]) -> bool:
         self._forgotten = sessions == self._sessions == 0
-        return MAY_BEGIN[told[0]]
+        return self._may_begin(told)
+
+    @staticmethod
+    def _may_begin(told: Sequence[int]) -> bool:
+        return {0: True, 1: False}[told[0]]
 
     def _tell_again(self) -> None:
         if not self._forgotten:
@@ -847,16 +867,8 @@ class SharedLimiter:
         self._renewal = asyncio.get_running_loop().call_later(self.RENEW, self._renew)
         self._tell_again()
 
-    async def _ask(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> T | None:
-        """What `read` makes of the script's answer; None where Redis does not answer."""
-        answer = None
-        if self.connected.is_set():
-            answer = await self._put(script, keys, args, read)
-        if answer is None:
-            self.passed += 1
-        return answer
-
     def _put(self, script: str, keys: Keys, args: Keys, read: Callable[[Any], T]) -> asyncio.Future[T | None]:
+        """What `read` will make of the script's answer; None where Redis does not answer."""
         asked = Asked(script, (*keys, *args), len(keys), read, asyncio.get_running_loop().create_future())
         self._asked.append(asked)
         self._wanted.set()
@@ -911,6 +923,7 @@ class SharedLimiter:
                 await asyncio.wait({task}, timeout=self.TICK)
                 if task.done():
                     return task.result()
+            self._late = True
             self._let_pass()
             await asyncio.wait({task}, timeout=self.OVERDUE)
             if not task.done():
@@ -920,6 +933,7 @@ class SharedLimiter:
             self._tell_again()
             return task.result()
         finally:
+            self._late = False
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
@@ -1892,6 +1906,7 @@ TYPED = ("input.text", "input.content")  # turns that cost no time to make: they
 KEPT = (*TYPED, "tool_result")  # what is kept, and sent to the model with every turn from then on
 BLOCK_BYTES = 1024  # what a content block counts at least
 WORK_RATE = 4 << 20  # such bytes a second are read: large messages are work, for which other callers would wait
+LEAST_PAUSE, MOST_PAUSE = 0.01, 2.0  # seconds; whoever is not read for long cannot be heard to live
 
 
 class Allowance:
@@ -2096,8 +2111,8 @@ class LiveSocket:
                 return
             else:
                 await session.send(message)
-            if not isinstance(message, bytes):
-                await asyncio.sleep(self._work(message) / WORK_RATE)
+            if not isinstance(message, bytes) and (pause := self._work(message) / WORK_RATE) > LEAST_PAUSE:
+                await asyncio.sleep(min(pause, MOST_PAUSE))
 
     def _work(self, message: JSON | None) -> int:
         """How much there is to do for a message: its bytes, and no fewer than its blocks count."""
@@ -2126,6 +2141,7 @@ class LiveSocket:
                 self._gateway.metrics.live_audio("out", event.seconds)
                 if binary:
                     await self._socket.send_bytes(event.data)
+                    self._exchange.sent = (self._exchange.sent or 0) + len(event.data)
                     continue
             else:
                 self._count(event)
@@ -2136,7 +2152,9 @@ class LiveSocket:
             await self._say(event.to_wire())
 
     async def _say(self, message: JSON) -> None:
-        await self._socket.send_frame(providers.dumps(message), aiohttp.WSMsgType.TEXT)
+        text = providers.dumps(message)
+        await self._socket.send_frame(text, aiohttp.WSMsgType.TEXT)
+        self._exchange.sent = (self._exchange.sent or 0) + len(text)
 
     async def _say_last(self, fault: Error) -> None:
         """Why this is the end."""

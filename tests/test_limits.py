@@ -754,18 +754,30 @@ async def test_sessions_are_told_again(
 
 
 @redis
-async def test_sessions_where_redis_hangs(serve: Serve, start_redis: StartRedis, redis_url: str) -> None:
-    """A Redis that does not answer delays a session by little; what it has missed it is told when it does."""
+async def test_sessions_where_redis_hangs(
+    serve: Serve, start_redis: StartRedis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis that does not answer delays a session by little; what it has missed it is told when it does.
+
+    One that is merely late is waited for.
+    """
     process = await start_redis()
     one, two = [await serve(live=ONE_EACH, rate_limit={"redis_url": redis_url}) for _ in range(2)]
     await connected(one, two)
     one.gateway.rates.shared.OVERDUE = two.gateway.rates.shared.OVERDUE = 20.0
+    monkeypatch.setattr(SharedLimiter, "SECOND_CHANCE", 0.05)
     process.send_signal(signal.SIGSTOP)
     async with talking(one, one):
         process.send_signal(signal.SIGCONT)
         await connected(one, two)
-        two.gateway.rates.shared.PATIENCE = 1000
+        monkeypatch.setattr(SharedLimiter, "SECOND_CHANCE", 20.0)
         await upgrades(two, 503)
+        process.send_signal(signal.SIGSTOP)
+        late = asyncio.create_task(upgraded(two))
+        while two.gateway.rates.shared.connected.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        process.send_signal(signal.SIGCONT)
+        assert await late == 503
 
 
 @pytest.mark.parametrize(

@@ -427,6 +427,29 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     return found
 
 
+def kept(fault: BaseException) -> BaseException:
+    """Its frames, and those of its causes, which the gateway takes from an error once it is told."""
+    same = BaseException(type(fault).__name__).with_traceback(fault.__traceback__)
+    same.__cause__ = fault.__cause__ and kept(fault.__cause__)
+    same.__context__ = fault.__context__ and kept(fault.__context__)
+    same.__suppress_context__ = fault.__suppress_context__
+    return same
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """The frames of all of these."""
+    found: list[BaseException] = []
+    real = server.error_of
+
+    def seen(fault: BaseException, path: str) -> vai.Error:
+        found.append(kept(fault))
+        return real(fault, path)
+
+    monkeypatch.setattr(server, "error_of", seen)
+    return found
+
+
 @pytest.fixture
 async def careless(
     serve: Serve, environ: dict[str, str], credentials: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
@@ -456,16 +479,16 @@ async def test_no_key_is_shown(careless: Served, logged: Logged, caught: list[Ba
         assert not shown(*told(fault))
 
 
-async def test_no_key_in_the_variables(careless: Served, caught: list[BaseException]) -> None:
+async def test_no_key_in_the_variables(careless: Served, traced: list[BaseException]) -> None:
     """Nor does a traceback that shows the variables of each frame, as error trackers and `rich` do."""
     found = {}
     for path, walk in PATHS.items():
-        caught.clear()
+        traced.clear()
         await walk(careless)
-        if names := [name for fault in caught for name in leaks(fault)]:
+        if names := [name for fault in traced for name in leaks(fault)]:
             found[path] = names
     assert found == {}
-    assert "crash" in [frame.name for frame in traceback.extract_tb(caught[-1].__traceback__)]
+    assert "crash" in [frame.name for frame in traceback.extract_tb(traced[-1].__traceback__)]
 
 
 REFRESHES = {
@@ -481,7 +504,14 @@ REFRESHES = {
 
 @pytest.mark.parametrize("raw", REFRESHES.values(), ids=REFRESHES)
 async def test_failed_refresh_shows_no_token(
-    serve: Serve, environ: JSON, credentials: Path, listen: Listen, logged: Logged, caught: list[Any], raw: bytes
+    serve: Serve,
+    environ: JSON,
+    credentials: Path,
+    listen: Listen,
+    logged: Logged,
+    caught: list[BaseException],
+    traced: list[BaseException],
+    raw: bytes,
 ) -> None:
     """A login that cannot be refreshed is the server's fault, a 502, and no token is in answer, log or traceback."""
 
@@ -500,6 +530,8 @@ async def test_failed_refresh_shows_no_token(
     assert not shown(answer.raw, answer.headers, *logged.json, *logged.text)
     for fault in caught:
         assert not shown(*told(fault))
+    assert traced
+    for fault in traced:
         assert leaks(fault) == []
 
 
