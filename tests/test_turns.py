@@ -116,7 +116,8 @@ class Tool:
 class Reply:
     """What the model answers: text and tools, in turns. `first` seconds to its first token; `fails`: instead of an end.
 
-    `late`: the speech service is that much slower; `timed`: it gives the times of words.
+    `late`: the speech service is that much slower; `timed`: it gives the times of words. `ends`: seconds from the first
+    token to the end of the model's message.
     """
 
     steps: Sequence[str | Tool] = ("It is noon in Paris.",)
@@ -124,6 +125,7 @@ class Reply:
     fails: bool = False
     late: float = 0.1
     timed: bool = True
+    ends: float = 0.05
 
 
 @dataclass
@@ -279,7 +281,7 @@ class Room:
         if reply.fails:
             events = [*events[:1], (0.1, RunFailed(response_id, ProviderError("overloaded", provider="openai")))]
         else:
-            events.append((0.05, StepEnded(response_id, content)))
+            events.append((reply.ends, StepEnded(response_id, content)))
             if is_last or not calls:
                 events.append((reply.late, SpeechEnded(response_id)))
         for delay, event in sorted(events, key=lambda one: one[0]):
@@ -2894,6 +2896,31 @@ case(
     replies=[Reply(["One.", Tool("a", takes=1), "Two."])],
 )
 case(
+    "the speech ends long before the model does",
+    ASK,
+    """
+    1.4 commit What time is it? · state grace
+    1.7 audio · state speaking
+    4.6 done 1.25 · state listening
+    user: What time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="state",
+    replies=[Reply(ends=3)],
+)
+case(
+    "interrupted while the model is still writing",
+    [*ASK, (3, InputInterrupt())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < -
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    """,
+    replies=[Reply(STORY.steps, ends=9)],
+)
+case(
     "an answer without words is over at once",
     ASK,
     """
@@ -3420,7 +3447,7 @@ LONG = Reply(["Let me look.", Tool("a", takes=2), *STORY.steps, Tool("b", takes=
 REPLIES = [
     *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(["Wait.", Tool("a"), Tool("b"), "So?"])),
     *(Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7), Reply(STORY.steps, timed=False)),
-    Reply(fails=True, first=1),
+    *(Reply(fails=True, first=1), Reply(STORY.steps, ends=3)),
 ]
 DEEDS = ["says", "says", "says", "says", "says", "noise", "text", "interrupt", "commit", "image", "report", "fail"]
 REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "No, {}.", "Okay.", "Stop.", "Um", "upon a time there"]
@@ -3570,6 +3597,7 @@ def test_a_position_is_the_smaller_one(reports: list[tuple[float, float]], at: f
         ("one two three four", True, 1.0, "one two"),
         ("one two three four", True, 2.0, "one two three four"),
         ("one two three four", False, 0.5, "one"),
+        (" ".join(["la"] * 20), False, 1.0, "la la la la la"),
         ("今日は天気がいい", True, 1.0, "今日は天"),
     ],
 )
