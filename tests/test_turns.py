@@ -1148,12 +1148,50 @@ case(
     30 commit Hello. · run
     30.4 audio
     31.65 done 1.25
-    51 idle
+    51.65 idle
     user: Hello.
     assistant: It is noon in Paris.
     """,
     show="check run release",
     options={"timing": Timing(idle=20)},
+)
+case(
+    "nobody is there only when the answer has been heard",
+    [(1, InputText("Hello."))],
+    """
+    1 commit Hello. · run
+    1.4 audio
+    5.9 done 4.5
+    7.9 idle
+    user: Hello.
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    show="check run release",
+    replies=[STORY],
+    options={"timing": Timing(idle=2)},
+)
+case(
+    "a turn does not begin with um",
+    says(0, "Um", 0.5) + says(5, "what time is it?", 6),
+    """
+    6.3 check Um what time is it? · run held
+    6.4 commit Um what time is it? · release
+    6.7 audio
+    7.95 done 1.25
+    user: Um what time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    options={"timing": Timing(turn=5)},
+)
+case(
+    "words that are taken back when the microphone is muted are no turn, and nobody's fault",
+    [(1, AudioReceived()), (1, Transcript("Hello", False)), (3.2, Transcript("", True))],
+    """
+
+    """,
+    config={"vad": {"silence_duration_ms": 5000}},
+    stt=None,
 )
 # -- Turns that the speech service finds --
 
@@ -1345,6 +1383,19 @@ case(
     2 audio
     3.25 done 1.25
     user: Hello.
+    assistant: It is noon in Paris.
+    """,
+    config={"input": {"turn_detection": "manual"}},
+    stt=None,
+)
+case(
+    "released twice, it waits once",
+    [*says(0, "I want to", 1)[:2], (1.2, InputCommit()), (1.5, InputCommit())],
+    """
+    1.6 commit I want to
+    2 audio
+    3.25 done 1.25
+    user: I want to
     assistant: It is noon in Paris.
     """,
     config={"input": {"turn_detection": "manual"}},
@@ -2698,6 +2749,23 @@ case(
     options={"side_effects": ["pay"]},
 )
 case(
+    "while a tool takes its time an answer is not given up",
+    ASK,
+    """
+    1.4 commit What time is it?
+    1.65 call a
+    10.65 continue
+    11.05 audio
+    11.3 done 0.25
+    user: What time is it?
+    assistant: !a
+    user: =done
+    assistant: Done.
+    """,
+    replies=[Reply([Tool("a", takes=9), "Done."])],
+    options={"timing": Timing(stall=5)},
+)
+case(
     "and has no result before it is called",
     [*ASK, (3, ToolReturned("resp_2_pay0", "paid"))],
     """
@@ -2835,6 +2903,25 @@ case(
     4 flush 2.30 · cancel · fail gone
     user: What time is it?
     assistant: Once upon a time there was a king who [interrupted]
+    """,
+    replies=[STORY],
+    config={"interrupt": {"mode": "never"}},
+)
+case(
+    "the ear fails: words that wait for the end of an answer go on waiting",
+    [*ASK, *says(3, "What about Rome?", 3.7), (4.5, STTFailed(GONE))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    4.5 refuse None
+    6.2 done 4.5
+    6.3 commit What about Rome?
+    6.6 audio
+    7.85 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    user: What about Rome?
+    assistant: It is noon in Paris.
     """,
     replies=[STORY],
     config={"interrupt": {"mode": "never"}},
@@ -3078,6 +3165,36 @@ case(
     user: I want to | fly to Rome
     assistant: It is noon in Paris.
     """,
+)
+case(
+    "typed text that was taken back for words that are none is a turn all the same",
+    [(1, InputText("Hello.")), (1.3, Transcript("so", False)), (1.6, Transcript("", True))],
+    """
+    1 commit Hello.
+    1.3 cancel · extend Hello. + so
+    1.7 commit Hello.
+    2 audio
+    3.25 done 1.25
+    user: Hello.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=5)],
+)
+case(
+    "an echo of the answer that typed text has interrupted is no part of it",
+    [*ASK, (3, InputText("And in Rome?")), (3.3, Transcript("upon a time there", True))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < - · commit And in Rome?
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY, Reply(first=0.9)],
 )
 case(
     "an image while the answer is spoken waits for the next turn",
