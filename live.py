@@ -2568,7 +2568,7 @@ class TurnTaker:
 
     def _stalled(self, turn: _Turn) -> bool:
         run = turn.run
-        if run.waits or self._capture is not None or not self._reached(run.alive + self._timing.stall):
+        if run.waits or not self._reached(run.alive + self._timing.stall):
             return False
         self._fail(turn, ProviderTimeoutError("the answer does not go on", code="answer_stalled"))
         return True
@@ -2577,7 +2577,7 @@ class TurnTaker:
         if turn.grace is None:
             return False
         until = turn.grace
-        if self._voice and self._voice_at < until:  # speech that began within grace may still bring its words
+        if self._voice:  # speech that began within grace may still bring its words
             until = max(until, self._voice_at + self._timing.hold)
         if not self._reached(until):
             return False
@@ -2668,7 +2668,6 @@ class TurnTaker:
         self._cancelled += 1
         self._parts = turn.parts + self._parts
         self._prior = turn.prior + ran_messages(turn.run.steps)
-        self._began = self._began or self._now
         self._release_floor()
 
     def _begin_audio(self, turn: _Turn) -> bool:
@@ -2909,7 +2908,6 @@ class TurnTaker:
         call.result = {"type": "tool_result", "tool_use_id": call.id, "content": event.content}
         if event.is_error:
             call.result["is_error"] = True
-        turn.run.alive = self._now
         self._go_on(turn)
 
     # -- The ends of a turn --

@@ -1872,6 +1872,20 @@ case(
     replies=[STORY],
 )
 case(
+    "words of an echo come before the detector is sure, and are told all the same",
+    [*ASK, (3, SpeechStarted(0.06)), (3.05, Transcript("upon a time", False)), (3.5, SpeechStopped(0.3))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.05 detect · pause 1.35
+    3.54 dismiss echo upon a time · resume 1.35
+    6.69 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+)
+case(
     "its own stop words, too",
     ASK + says(2.4, "please stop the car", 3.4),
     """
@@ -2622,6 +2636,25 @@ case(
     replies=[Reply(["Let me look.", Tool("search"), "It is sunny."])],
 )
 case(
+    "while a tool takes its time nobody speaks",
+    ASK,
+    """
+    1.4 commit What time is it? · state grace
+    1.65 call search
+    1.7 audio · state speaking
+    2.45 state processing
+    4.65 continue
+    5.05 state speaking
+    5.8 done 1.5 · state listening
+    user: What time is it?
+    assistant: Let me look. | !search
+    user: =done
+    assistant: It is sunny.
+    """,
+    show="state",
+    replies=[Reply(["Let me look.", Tool("search", takes=3), "It is sunny."])],
+)
+case(
     "two tools run at once",
     ASK,
     """
@@ -2713,6 +2746,33 @@ case(
     assistant: There are three.
     """,
     replies=[Reply([Tool("search"), Tool("never", takes=None), "Well."]), Reply([Tool("search"), "There are three."])],
+)
+case(
+    "also when the turn is extended twice",
+    says(0, "Book a flight.", 1) + says(3, "To Paris.", 3.8) + says(5, "Please.", 5.5),
+    """
+    1.4 commit Book a flight.
+    1.65 call search
+    2.15 continue
+    3.8 cancel · extend Book a flight. + To Paris.
+    4.2 commit Book a flight. To Paris.
+    5.5 cancel · extend Book a flight. To Paris. + Please.
+    5.9 commit Book a flight. To Paris. Please.
+    6.15 continue
+    6.55 audio
+    7.3 done 0.75
+    user: Book a flight. To Paris. Please.
+    assistant: !search
+    user: =done
+    assistant: !search
+    user: =done
+    assistant: There are three.
+    """,
+    replies=[
+        Reply([Tool("search"), "Well."], late=5),
+        Reply(["Hm."], first=5),
+        Reply([Tool("search"), "There are three."]),
+    ],
 )
 case(
     "a tool with side effects waits for the end of grace",
@@ -3195,6 +3255,20 @@ case(
     assistant: It is noon in Paris.
     """,
     replies=[STORY, Reply(first=0.9)],
+)
+case(
+    "an image within grace stands where it came",
+    [*ASK, (1.6, InputContent([IMAGE])), *says(2, "And in Rome?", 2.5)],
+    """
+    1.4 commit What time is it?
+    2.5 cancel · extend What time is it? + And in Rome?
+    2.9 commit What time is it? And in Rome?
+    3.2 audio
+    4.45 done 1.25
+    user: What time is it? | #image | And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=5)],
 )
 case(
     "an image while the answer is spoken waits for the next turn",
