@@ -2863,7 +2863,7 @@ class TurnTaker:
 
     def _speculate(self) -> None:
         """The model begins with what has been said so far; its output is held."""
-        if self._held is not None or not self._pending() or self._speculations >= self._timing.speculations:
+        if self._held is not None or self._speculations >= self._timing.speculations or not self._has_said_something():
             return
         self._speculations += 1
         spoken = self._words.fresh

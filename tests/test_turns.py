@@ -1252,6 +1252,34 @@ case(
     options={"stt_turns": True},
 )
 case(
+    "um is not glued to what follows it",
+    streamed(0, "Um", 0.5) + streamed(5, "what time is it?", 6, eager=False),
+    """
+    6.5 commit Um what time is it? · run
+    6.9 audio
+    8.15 done 1.25
+    user: Um what time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    options={"stt_turns": True},
+)
+case(
+    "vad as turn detection does not begin at its early end, either",
+    streamed(0, "I want to", 1)[:5],
+    """
+    2.2 check I want to
+    2.3 commit I want to · run
+    2.7 audio
+    3.95 done 1.25
+    user: I want to
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"input": {"turn_detection": "vad"}},
+    options={"stt_turns": True},
+)
+case(
     "a turn without words is none",
     [(0.1, TurnStarted()), (0.5, TurnEnded(""))],
     """
@@ -1370,6 +1398,14 @@ case(
 case(
     "until then no silence is long enough",
     says(0, "What time is it?", 1),
+    """
+
+    """,
+    config={"input": {"turn_detection": "manual"}},
+)
+case(
+    "nor does a microphone end it that is muted",
+    [(n * 0.1, AudioReceived()) for n in range(11)] + says(0, "I want to", 1.0)[:2],
     """
 
     """,
