@@ -2580,7 +2580,7 @@ class TurnTaker:
 
     def _fall_silent(self, at: float) -> None:
         if self._voice:
-            self._voice, self._silent_at = False, max(at, self._voice_at)
+            self._voice, self._silent_at = False, at
             self._finalize()
 
     def _finalize(self) -> None:
@@ -2592,7 +2592,7 @@ class TurnTaker:
                 self._do(FinalizeSTT())
 
     def _take_answer(self, question: _Question | None, check_id: int, answer: bool | None) -> None:
-        if question is not None and question.id == check_id and not question.answered:
+        if question is not None and question.id == check_id:
             question.answer, question.answered = answer, True
 
     # -- Rules --
@@ -2601,7 +2601,11 @@ class TurnTaker:
         acted = True
         while acted:
             self._due = []
-            acted = self._muted() or (self._take_turn() if self._turn is None else self._answer(self._turn))
+            acted = (
+                self._muted()
+                or self._forget_echo()
+                or (self._take_turn() if self._turn is None else self._answer(self._turn))
+            )
         self._rest()
         self.deadline = min(self._due, default=None)
 
@@ -2625,11 +2629,21 @@ class TurnTaker:
             self._commit_soon(forced=True, patience=self._timing.final)
         return True
 
+    def _forget_echo(self) -> bool:
+        """The end of the last answer, coming back when it is over. Who begins to speak later repeats it on purpose."""
+        if self._now - self._tail_at > 3.0 or self._voice_at > self._tail_at + self._timing.room:
+            return False
+        text = self._words.fresh
+        if len(words(text)) < 3 or not is_echo(text, self._tail):
+            return False
+        self._words.dismiss()
+        return True
+
     def _rest(self) -> None:
         """Nobody is there."""
         if self._turn is not None or self._idle or self._contact is None:
             return
-        if self._reached(self._contact + self._timing.idle):
+        if self._reached(max(self._contact, self._tail_at) + self._timing.idle):
             self._idle = True
             self._do(Idle())
 
@@ -2640,7 +2654,7 @@ class TurnTaker:
             self._drop_held()
         if self._commit_by is not None:
             return self._commit_when_complete(text, self._commit_by)
-        if not self._has_said_something() or self._is_own_echo(text):
+        if not self._has_said_something():
             self._began = None
             return False
         if self._detection == "manual":
@@ -2669,22 +2683,12 @@ class TurnTaker:
         if not self._forced:
             self._refuse("nothing was said", "nothing_to_commit")
 
-    def _is_own_echo(self, text: str) -> bool:
-        """The end of the answer, coming back when it is over. Who begins to speak later repeats it on purpose."""
-        if self._now - self._tail_at > 3.0 or self._voice_at > self._tail_at + self._timing.room:
-            return False
-        if len(words(text)) < 3 or not is_echo(text, self._tail):
-            return False
-        self._words.dismiss()
-        return True
-
     def _speech_without_words(self) -> bool:
         """The detector hears speech but no words come of it: it is the room. What was said before is not to wait."""
         quiet_at = max(self._words_at, self._voice_at) + self._max_silence
         if not self._reached(quiet_at):
             return False
         if not self._stt_turns and (self._finalized is None or self._finalized < quiet_at):
-            self._finalizing = False
             self._finalize()
         asked = quiet_at if self._finalized is None else self._finalized
         return self._reached(max(quiet_at, asked + self._timing.final)) and self._commit(forced=True)
@@ -2725,7 +2729,7 @@ class TurnTaker:
 
     def _silence_before_check(self, text: str) -> float:
         if takes_time(text, self._language):
-            return min(self._silence * self._timing.late, self._max_silence)
+            return self._silence * self._timing.late
         ended = _unquoted(text)[-1:]
         return 0.0 if ended and ended in self._settings.vad.punctuation_trigger else self._silence
 
@@ -2739,7 +2743,7 @@ class TurnTaker:
 
     def _stalled(self, turn: _Turn) -> bool:
         run = turn.run
-        if run.waits or self._capture is not None or not self._reached(run.alive + self._timing.stall):
+        if run.waits or not self._reached(run.alive + self._timing.stall):
             return False
         self._fail(turn, ProviderTimeoutError("the answer does not go on", code="answer_stalled"))
         return True
@@ -2748,7 +2752,7 @@ class TurnTaker:
         if turn.grace is None:
             return False
         until = turn.grace
-        if self._voice and self._voice_at < until:  # speech that began within grace may still bring its words
+        if self._voice:  # speech that began within grace may still bring its words
             until = max(until, self._voice_at + self._timing.hold)
         if not self._reached(until):
             return False
@@ -2839,7 +2843,6 @@ class TurnTaker:
         self._cancelled += 1
         self._parts = turn.parts + self._parts
         self._prior = turn.prior + ran_messages(turn.run.steps)
-        self._began = self._began or self._now
         self._release_floor()
 
     def _begin_audio(self, turn: _Turn) -> bool:
@@ -3035,7 +3038,7 @@ class TurnTaker:
 
     def _speculate(self) -> None:
         """The model begins with what has been said so far; its output is held."""
-        if self._held is not None or not self._pending() or self._speculations >= self._timing.speculations:
+        if self._held is not None or self._speculations >= self._timing.speculations or not self._has_said_something():
             return
         self._speculations += 1
         spoken = self._words.fresh
@@ -3080,7 +3083,6 @@ class TurnTaker:
         call.result = {"type": "tool_result", "tool_use_id": call.id, "content": event.content}
         if event.is_error:
             call.result["is_error"] = True
-        turn.run.alive = self._now
         self._go_on(turn)
 
     # -- The ends of a turn --
@@ -3179,7 +3181,7 @@ class TurnTaker:
 
     def _pending(self) -> str:
         """The words of the turn that is being spoken."""
-        return _transcript([*(part for part in self._parts if isinstance(part, str)), self._words.fresh])
+        return _transcript([*self._parts, self._words.fresh])
 
     def _has_said_something(self) -> bool:
         """Whether a turn has begun: "um" is none."""

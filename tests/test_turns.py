@@ -116,7 +116,8 @@ class Tool:
 class Reply:
     """What the model answers: text and tools, in turns. `first` seconds to its first token; `fails`: instead of an end.
 
-    `late`: the speech service is that much slower; `timed`: it gives the times of words.
+    `late`: the speech service is that much slower; `timed`: it gives the times of words. `ends`: seconds from the first
+    token to the end of the model's message.
     """
 
     steps: Sequence[str | Tool] = ("It is noon in Paris.",)
@@ -124,6 +125,7 @@ class Reply:
     fails: bool = False
     late: float = 0.1
     timed: bool = True
+    ends: float = 0.05
 
 
 @dataclass
@@ -279,7 +281,7 @@ class Room:
         if reply.fails:
             events = [*events[:1], (0.1, RunFailed(response_id, ProviderError("overloaded", provider="openai")))]
         else:
-            events.append((0.05, StepEnded(response_id, content)))
+            events.append((reply.ends, StepEnded(response_id, content)))
             if is_last or not calls:
                 events.append((reply.late, SpeechEnded(response_id)))
         for delay, event in sorted(events, key=lambda one: one[0]):
@@ -1146,12 +1148,50 @@ case(
     30 commit Hello. · run
     30.4 audio
     31.65 done 1.25
-    51 idle
+    51.65 idle
     user: Hello.
     assistant: It is noon in Paris.
     """,
     show="check run release",
     options={"timing": Timing(idle=20)},
+)
+case(
+    "nobody is there only when the answer has been heard",
+    [(1, InputText("Hello."))],
+    """
+    1 commit Hello. · run
+    1.4 audio
+    5.9 done 4.5
+    7.9 idle
+    user: Hello.
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    show="check run release",
+    replies=[STORY],
+    options={"timing": Timing(idle=2)},
+)
+case(
+    "a turn does not begin with um",
+    says(0, "Um", 0.5) + says(5, "what time is it?", 6),
+    """
+    6.3 check Um what time is it? · run held
+    6.4 commit Um what time is it? · release
+    6.7 audio
+    7.95 done 1.25
+    user: Um what time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    options={"timing": Timing(turn=5)},
+)
+case(
+    "words that are taken back when the microphone is muted are no turn, and nobody's fault",
+    [(1, AudioReceived()), (1, Transcript("Hello", False)), (3.2, Transcript("", True))],
+    """
+
+    """,
+    config={"vad": {"silence_duration_ms": 5000}},
+    stt=None,
 )
 # -- Turns that the speech service finds --
 
@@ -1209,6 +1249,34 @@ case(
     assistant: It is noon in Paris.
     """,
     show="check run release",
+    options={"stt_turns": True},
+)
+case(
+    "um is not glued to what follows it",
+    streamed(0, "Um", 0.5) + streamed(5, "what time is it?", 6, eager=False),
+    """
+    6.5 commit Um what time is it? · run
+    6.9 audio
+    8.15 done 1.25
+    user: Um what time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    options={"stt_turns": True},
+)
+case(
+    "vad as turn detection does not begin at its early end, either",
+    streamed(0, "I want to", 1)[:5],
+    """
+    2.2 check I want to
+    2.3 commit I want to · run
+    2.7 audio
+    3.95 done 1.25
+    user: I want to
+    assistant: It is noon in Paris.
+    """,
+    show="check run release",
+    config={"input": {"turn_detection": "vad"}},
     options={"stt_turns": True},
 )
 case(
@@ -1336,6 +1404,14 @@ case(
     config={"input": {"turn_detection": "manual"}},
 )
 case(
+    "nor does a microphone end it that is muted",
+    [(n * 0.1, AudioReceived()) for n in range(11)] + says(0, "I want to", 1.0)[:2],
+    """
+
+    """,
+    config={"input": {"turn_detection": "manual"}},
+)
+case(
     "released before the words are there, it waits for them",
     [(0.1, SpeechStarted()), (0.9, InputCommit()), (1.5, Transcript("Hello.", False)), (1.6, Flushed())],
     """
@@ -1343,6 +1419,19 @@ case(
     2 audio
     3.25 done 1.25
     user: Hello.
+    assistant: It is noon in Paris.
+    """,
+    config={"input": {"turn_detection": "manual"}},
+    stt=None,
+)
+case(
+    "released twice, it waits once",
+    [*says(0, "I want to", 1)[:2], (1.2, InputCommit()), (1.5, InputCommit())],
+    """
+    1.6 commit I want to
+    2 audio
+    3.25 done 1.25
+    user: I want to
     assistant: It is noon in Paris.
     """,
     config={"input": {"turn_detection": "manual"}},
@@ -1813,6 +1902,20 @@ case(
     2.8 detect · pause 1.10
     3.8 dismiss echo upon a time there · resume 1.10
     7.2 done 4.5
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    """,
+    replies=[STORY],
+)
+case(
+    "words of an echo come before the detector is sure, and are told all the same",
+    [*ASK, (3, SpeechStarted(0.06)), (3.05, Transcript("upon a time", False)), (3.5, SpeechStopped(0.3))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3.05 detect · pause 1.35
+    3.54 dismiss echo upon a time · resume 1.35
+    6.69 done 4.5
     user: What time is it?
     assistant: Once upon a time there was a king who had three sons and one day he called them.
     """,
@@ -2569,6 +2672,25 @@ case(
     replies=[Reply(["Let me look.", Tool("search"), "It is sunny."])],
 )
 case(
+    "while a tool takes its time nobody speaks",
+    ASK,
+    """
+    1.4 commit What time is it? · state grace
+    1.65 call search
+    1.7 audio · state speaking
+    2.45 state processing
+    4.65 continue
+    5.05 state speaking
+    5.8 done 1.5 · state listening
+    user: What time is it?
+    assistant: Let me look. | !search
+    user: =done
+    assistant: It is sunny.
+    """,
+    show="state",
+    replies=[Reply(["Let me look.", Tool("search", takes=3), "It is sunny."])],
+)
+case(
     "two tools run at once",
     ASK,
     """
@@ -2662,6 +2784,33 @@ case(
     replies=[Reply([Tool("search"), Tool("never", takes=None), "Well."]), Reply([Tool("search"), "There are three."])],
 )
 case(
+    "also when the turn is extended twice",
+    says(0, "Book a flight.", 1) + says(3, "To Paris.", 3.8) + says(5, "Please.", 5.5),
+    """
+    1.4 commit Book a flight.
+    1.65 call search
+    2.15 continue
+    3.8 cancel · extend Book a flight. + To Paris.
+    4.2 commit Book a flight. To Paris.
+    5.5 cancel · extend Book a flight. To Paris. + Please.
+    5.9 commit Book a flight. To Paris. Please.
+    6.15 continue
+    6.55 audio
+    7.3 done 0.75
+    user: Book a flight. To Paris. Please.
+    assistant: !search
+    user: =done
+    assistant: !search
+    user: =done
+    assistant: There are three.
+    """,
+    replies=[
+        Reply([Tool("search"), "Well."], late=5),
+        Reply(["Hm."], first=5),
+        Reply([Tool("search"), "There are three."]),
+    ],
+)
+case(
     "a tool with side effects waits for the end of grace",
     ASK,
     """
@@ -2694,6 +2843,23 @@ case(
     """,
     replies=[Reply([Tool("pay"), "Paid."], first=0.2), Reply(["Twenty then."])],
     options={"side_effects": ["pay"]},
+)
+case(
+    "while a tool takes its time an answer is not given up",
+    ASK,
+    """
+    1.4 commit What time is it?
+    1.65 call a
+    10.65 continue
+    11.05 audio
+    11.3 done 0.25
+    user: What time is it?
+    assistant: !a
+    user: =done
+    assistant: Done.
+    """,
+    replies=[Reply([Tool("a", takes=9), "Done."])],
+    options={"timing": Timing(stall=5)},
 )
 case(
     "and has no result before it is called",
@@ -2838,6 +3004,25 @@ case(
     config={"interrupt": {"mode": "never"}},
 )
 case(
+    "the ear fails: words that wait for the end of an answer go on waiting",
+    [*ASK, *says(3, "What about Rome?", 3.7), (4.5, STTFailed(GONE))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    4.5 refuse None
+    6.2 done 4.5
+    6.3 commit What about Rome?
+    6.6 audio
+    7.85 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there was a king who had three sons and one day he called them.
+    user: What about Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY],
+    config={"interrupt": {"mode": "never"}},
+)
+case(
     "the ear fails: what was said is committed",
     [*says(0, "I want to", 1)[:2], (1.2, STTFailed(GONE))],
     """
@@ -2892,6 +3077,31 @@ case(
     assistant: Two.
     """,
     replies=[Reply(["One.", Tool("a", takes=1), "Two."])],
+)
+case(
+    "the speech ends long before the model does",
+    ASK,
+    """
+    1.4 commit What time is it? · state grace
+    1.7 audio · state speaking
+    4.6 done 1.25 · state listening
+    user: What time is it?
+    assistant: It is noon in Paris.
+    """,
+    show="state",
+    replies=[Reply(ends=3)],
+)
+case(
+    "interrupted while the model is still writing",
+    [*ASK, (3, InputInterrupt())],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < -
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    """,
+    replies=[Reply(STORY.steps, ends=9)],
 )
 case(
     "an answer without words is over at once",
@@ -3051,6 +3261,50 @@ case(
     user: I want to | fly to Rome
     assistant: It is noon in Paris.
     """,
+)
+case(
+    "typed text that was taken back for words that are none is a turn all the same",
+    [(1, InputText("Hello.")), (1.3, Transcript("so", False)), (1.6, Transcript("", True))],
+    """
+    1 commit Hello.
+    1.3 cancel · extend Hello. + so
+    1.7 commit Hello.
+    2 audio
+    3.25 done 1.25
+    user: Hello.
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=5)],
+)
+case(
+    "an echo of the answer that typed text has interrupted is no part of it",
+    [*ASK, (3, InputText("And in Rome?")), (3.3, Transcript("upon a time there", True))],
+    """
+    1.4 commit What time is it?
+    1.7 audio
+    3 flush 1.30 · cancel · interrupt Once upon a time there < - · commit And in Rome?
+    4 audio
+    5.25 done 1.25
+    user: What time is it?
+    assistant: Once upon a time there [interrupted]
+    user: And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[STORY, Reply(first=0.9)],
+)
+case(
+    "an image within grace stands where it came",
+    [*ASK, (1.6, InputContent([IMAGE])), *says(2, "And in Rome?", 2.5)],
+    """
+    1.4 commit What time is it?
+    2.5 cancel · extend What time is it? + And in Rome?
+    2.9 commit What time is it? And in Rome?
+    3.2 audio
+    4.45 done 1.25
+    user: What time is it? | #image | And in Rome?
+    assistant: It is noon in Paris.
+    """,
+    replies=[Reply(first=5)],
 )
 case(
     "an image while the answer is spoken waits for the next turn",
@@ -3420,7 +3674,7 @@ LONG = Reply(["Let me look.", Tool("a", takes=2), *STORY.steps, Tool("b", takes=
 REPLIES = [
     *(Reply(), STORY, STORY, LONG, LONG, Reply([]), Reply(["Wait.", Tool("a"), Tool("b"), "So?"])),
     *(Reply(STORY.steps, first=2.5, late=0.6), Reply(STORY.steps, first=7), Reply(STORY.steps, timed=False)),
-    Reply(fails=True, first=1),
+    *(Reply(fails=True, first=1), Reply(STORY.steps, ends=3)),
 ]
 DEEDS = ["says", "says", "says", "says", "says", "noise", "text", "interrupt", "commit", "image", "report", "fail"]
 REMARKS = ["{}", "{}", "{}", "what about {}?", "{} and", "No, {}.", "Okay.", "Stop.", "Um", "upon a time there"]
@@ -3570,6 +3824,7 @@ def test_a_position_is_the_smaller_one(reports: list[tuple[float, float]], at: f
         ("one two three four", True, 1.0, "one two"),
         ("one two three four", True, 2.0, "one two three four"),
         ("one two three four", False, 0.5, "one"),
+        (" ".join(["la"] * 20), False, 1.0, "la la la la la"),
         ("今日は天気がいい", True, 1.0, "今日は天"),
     ],
 )
