@@ -110,7 +110,6 @@ if getattr(voice, "__version__", None) != __version__:
 
 __all__ = [
     "FRAME",
-    "PATIENCE",
     "RATE",
     "Action",
     "Answer",
@@ -328,6 +327,8 @@ class Timing:
     stall: float = 120.0  # a run that gives no sign of life is given up
     turn: float = 300.0  # the longest turn: then what was said so far is committed
     idle: float = 300.0  # no audio and no message from the client
+    patience: float = 2.5  # a speech service that is lost, or owes speech and gives none
+    unheard: float = 5.0  # a speech service that tells nothing of what seems to be speech
     speculations: int = 3  # runs begun in a turn before it was committed
     tool_rounds: int = 10  # then the model is asked once more, without tools
 
@@ -3017,10 +3018,8 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-PATIENCE = 2.5  # seconds for a speech service to come back, or to say what it owes
 _MISSED = 60.0  # seconds of audio that are kept while there is no speech service to hear them
 _ONSET = 3.0  # … and when it fails again and again
-_UNHEARD = 5.0  # seconds of what seems to be speech, of which the speech service tells nothing
 _REPLY = 1.5  # seconds, when it is asked
 _COUGH = 0.5  # seconds of it that need not hold a word …
 _MEANT = 2.0  # … and that must
@@ -3716,7 +3715,7 @@ class LiveSession:
             await asyncio.sleep(voice.pause_before(attempt))
             stt, told = self._hear(), False
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(self._timing.patience):
                     await stt.__aenter__()
                 break
             except TimeoutError:
@@ -3731,7 +3730,7 @@ class LiveSession:
         """The speech service is to tell something of the speech that is heard."""
         self._stop_watching()
         if self._missed is None and self.closed is None:
-            wait = wait or min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
+            wait = wait or min(60.0, self._timing.unheard * 2.0 ** max(0, self._unheard_times - 2))
             self._unheard = asyncio.get_running_loop().call_later(wait, self._heard_nothing)
 
     def _stop_watching(self) -> None:
