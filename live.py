@@ -3633,8 +3633,8 @@ class LiveSession:
         self._feed(event)
 
     def _unheard_for(self) -> float:
-        """Seconds of speech of which the speech service has told nothing."""
-        return self._unheard_speech + (self._clock() - self._speech_at if self._speech else 0.0)
+        """Seconds of speech of which the speech service has told nothing; where no audio comes, there is no more."""
+        return self._unheard_speech + (max(0.0, self._pace.last - self._speech_at) if self._speech else 0.0)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
@@ -3742,6 +3742,8 @@ class LiveSession:
         """Is it deaf, or is there nothing in what seems to be speech? Who is asked for what there is must answer; who
         finds turns itself cannot be asked, so that it is made to hear all of it once more, on another connection."""
         self._unheard = None
+        if self._unheard_for() < _COUGH:
+            return
         self._unheard_times += 1
         asked = not self._stt.turns and self._unheard_times == 1
         if asked:
@@ -3751,7 +3753,7 @@ class LiveSession:
         if self._unheard_times == 3 and self._unheard_for() > _MEANT:
             code, message = "stt_silent", "the speech service tells nothing of what seems to be speech"
             self._tell_error(ProviderTimeoutError(message, code=code))
-        if self._speech or self._unheard_times < 3:
+        if self._unheard_times < 3 or (self._speech and self._pace.silent(self._clock()) < 1.0):
             self._watch_hearing(_REPLY if asked else None)
 
     # -- The turn taker --

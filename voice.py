@@ -2246,9 +2246,11 @@ class Socket:
         message = f"{self._provider} closed the connection{detail}"
         return ProviderError(message, provider=self._provider, code=code)
 
-    async def close(self) -> None:
-        """Says goodbye and waits a second for the answer."""
-        await self._raw.close()
+    async def close(self, patience: float = 1.0) -> None:
+        """Says goodbye and waits for the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._raw.close()
 
 
 # == Sessions ==========================================================================================================
@@ -2653,7 +2655,7 @@ class STTSession:
         loop, name = asyncio.get_running_loop(), self._service.adapter.id
         until = math.inf if self._patience is None else loop.time() + self._patience
         if self._socket is not None:
-            await self._socket.close()  # whoever is writing to it stops
+            await self._socket.close(patience=0.05)  # whoever is writing to it stops
         async with self._writing:
             self._socket = None
             while True:
@@ -2764,11 +2766,11 @@ class TTSSession:
         self._used = now
         return self._socket
 
-    async def _lose(self, socket: Socket) -> None:
+    async def _lose(self, socket: Socket, patience: float = 1.0) -> None:
         if self._socket is socket:
             self._socket = None
             self.reconnects += 1
-        await socket.close()
+        await socket.close(patience)
 
     async def _send(self, context: TTSContext, frames: list[str]) -> None:
         """Sends; a context whose socket is gone goes on from where it was on another, these frames included."""
@@ -2817,7 +2819,7 @@ class TTSSession:
                 frame = await socket.receive(self._until_due())
             except TimeoutError:
                 if self._expire():
-                    await self._lose(socket)
+                    await self._lose(socket, patience=0.05)
                 return
             except Error as fault:
                 await self._lose(socket)
