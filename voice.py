@@ -2658,18 +2658,19 @@ class STTSession:
             await self._socket.close(patience=0.05)  # whoever is writing to it stops
         async with self._writing:
             self._socket = None
-            while True:
-                self._failures += 1
-                await asyncio.sleep(min(pause_before(self._failures), until - loop.time()))
+            while self._socket is None:
+                await asyncio.sleep(min(pause_before(self._failures + 1), until - loop.time()))
+                fault: Error | None = None
                 try:
                     async with asyncio.timeout_at(None if self._patience is None else until):
                         self._socket = await self._caught_up()
-                    break
                 except TimeoutError:
                     raise ProviderTimeoutError(f"{name} does not answer", provider=name) from None
-                except Error as fault:
-                    if self._failures >= ATTEMPTS or not fault.retryable or loop.time() >= until:
-                        raise
+                except Error as raised:
+                    fault = raised
+                self._failures += 1  # not where whoever iterates has given up waiting
+                if fault and (self._failures >= ATTEMPTS or not fault.retryable or loop.time() >= until):
+                    raise fault
         self.reconnects += 1
         self._since = loop.time()
         self._before = self._last
@@ -2840,9 +2841,12 @@ class TTSSession:
             if context.trouble is None or context.trouble.code == "connection_broken":
                 raise StreamTruncated(provider=self._service.adapter.id)
             raise context.trouble
-        await asyncio.sleep(min(pause_before(context.failures), left))
         try:
+            await asyncio.sleep(min(pause_before(context.failures), left))
             await self._send(context, [])
+        except asyncio.CancelledError:  # whoever iterates has given up waiting
+            context.failures, context.resumed = context.failures - 1, context.resumed - 1
+            raise
         except Error as fault:
             context.trouble = fault
             if not fault.retryable:
