@@ -110,7 +110,6 @@ if getattr(voice, "__version__", None) != __version__:
 
 __all__ = [
     "FRAME",
-    "PATIENCE",
     "RATE",
     "Action",
     "Answer",
@@ -332,6 +331,8 @@ class Timing:
     stall: float = 120.0  # a run that gives no sign of life is given up
     turn: float = 300.0  # the longest turn: then what was said so far is committed
     idle: float = 300.0  # no audio and no message from the client
+    patience: float = 2.5  # a speech service that is lost, or owes speech and gives none
+    unheard: float = 5.0  # a speech service that tells nothing of what seems to be speech
     speculations: int = 3  # runs begun in a turn before it was committed
     tool_rounds: int = 10  # then the model is asked once more, without tools
 
@@ -3270,10 +3271,8 @@ _UNSENT = 1 << 19  # bytes of an answer's audio, after which no more is taken fr
 _UNTOLD = 256  # events that nobody has taken: the model is not read on …
 _MOST_UNTOLD = 4096  # … and the session ends
 _WAITING = 64  # messages and frames of the client's that wait
-PATIENCE = 2.5  # seconds for a speech service to come back, or to say what it owes
 _MISSED = 60.0  # seconds of audio that are kept while there is no speech service to hear them
 _ONSET = 3.0  # … and when it fails again and again
-_UNHEARD = 5.0  # seconds of what seems to be speech, of which the speech service tells nothing
 _REPLY = 1.5  # seconds, when it is asked
 _COUGH = 0.5  # seconds of it that need not hold a word …
 _MEANT = 2.0  # … and that must
@@ -3896,8 +3895,8 @@ class LiveSession:
         self._feed(event)
 
     def _unheard_for(self) -> float:
-        """Seconds of speech of which the speech service has told nothing."""
-        return self._unheard_speech + (self._clock() - self._speech_at if self._speech else 0.0)
+        """Seconds of speech of which the speech service has told nothing; where no audio comes, there is no more."""
+        return self._unheard_speech + (max(0.0, self._pace.last - self._speech_at) if self._speech else 0.0)
 
     def _deaf(self) -> bool:
         """So much of our own voice comes back that the user cannot be told from it: one speaks at a time."""
@@ -3978,7 +3977,7 @@ class LiveSession:
             await asyncio.sleep(voice.pause_before(attempt))
             stt, told = self._hear(), False
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(self._timing.patience):
                     await stt.__aenter__()
                 break
             except TimeoutError:
@@ -3993,7 +3992,7 @@ class LiveSession:
         """The speech service is to tell something of the speech that is heard."""
         self._stop_watching()
         if self._missed is None and self.closed is None:
-            wait = wait or min(60.0, _UNHEARD * 2.0 ** max(0, self._unheard_times - 2))
+            wait = wait or min(60.0, self._timing.unheard * 2.0 ** max(0, self._unheard_times - 2))
             self._unheard = asyncio.get_running_loop().call_later(wait, self._heard_nothing)
 
     def _stop_watching(self) -> None:
@@ -4005,6 +4004,8 @@ class LiveSession:
         """Is it deaf, or is there nothing in what seems to be speech? Who is asked for what there is must answer; who
         finds turns itself cannot be asked, so that it is made to hear all of it once more, on another connection."""
         self._unheard = None
+        if self._unheard_for() < _COUGH:
+            return
         self._unheard_times += 1
         asked = not self._stt.turns and self._unheard_times == 1
         if asked:
@@ -4014,7 +4015,7 @@ class LiveSession:
         if self._unheard_times == 3 and self._unheard_for() > _MEANT:
             code, message = "stt_silent", "the speech service tells nothing of what seems to be speech"
             self._tell_error(ProviderTimeoutError(message, code=code))
-        if self._speech or self._unheard_times < 3:
+        if self._unheard_times < 3 or (self._speech and self._pace.silent(self._clock()) < 1.0):
             self._watch_hearing(_REPLY if asked else None)
 
     # -- The turn taker --

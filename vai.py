@@ -1149,6 +1149,8 @@ class Direct:
         self._logs_in = self.login.configured and not keyless
         self.transport = Transport(timeouts)
         self._detectors: tuple[asyncio.AbstractEventLoop, asyncio.Task[live.Detectors]] | None = None
+        self._talking: weakref.WeakKeyDictionary[live.LiveSession, asyncio.AbstractEventLoop]
+        self._talking = weakref.WeakKeyDictionary()
 
     def parse(self, body: JSON, headers: Mapping[str, str] | None = None) -> MessageRequest:
         """The request, checked. `headers` may hold `anthropic-version` and `anthropic-beta`."""
@@ -1270,7 +1272,10 @@ class Direct:
         return provider in self.keys or (provider == "gemini-oauth" and self._logs_in)
 
     async def close(self) -> None:
-        if self._detectors is not None and self._detectors[0] is asyncio.get_running_loop():
+        loop = asyncio.get_running_loop()
+        for session in [session for session, its in list(self._talking.items()) if its is loop]:
+            session.close()
+        if self._detectors is not None and self._detectors[0] is loop:
             for detectors in await asyncio.gather(self._detectors[1], return_exceptions=True):
                 if not isinstance(detectors, BaseException):
                     await detectors.close()
@@ -1362,6 +1367,7 @@ class Direct:
         configuration, `AuthenticationError` where there is no key for the speech service.
         """
         settings, brought = config.voice, (byok(keys or {}), byok(config.provider_keys))
+        timing = timing or live.Timing()
         fields = {"model", "system", "max_tokens", "temperature", "thinking", "provider_keys"}
         asked: JSON = {**config.model_dump(include=fields, exclude_none=True), "stream": True}
         if config.tools:
@@ -1376,21 +1382,23 @@ class Direct:
         hearing = self.speech.service(settings.input.provider, *brought)
         speaking = self.speech.service(settings.output.provider, *brought)
         turns = False if settings.input.turn_detection in ("vad", "manual") else None
-        return live.LiveSession(
+        session = live.LiveSession(
             config,
             reply=reply,
             hear=functools.partial(
-                hearing.listen, settings.input, sample_rate=live.RATE, turns=turns, patience=live.PATIENCE
+                hearing.listen, settings.input, sample_rate=live.RATE, turns=turns, patience=timing.patience
             ),
-            speak=functools.partial(speaking.speak, patience=live.PATIENCE),
+            speak=functools.partial(speaking.speak, patience=timing.patience),
             detect=detectors.open,
             check=check,
             tools={tool.name: functools.partial(_call_tool, tool) for tool in tools if isinstance(tool, Tool)},
             side_effects=[str(tool.get("name")) for tool in config.tools if tool.get("side_effects")],
-            timing=timing or live.Timing(),
+            timing=timing,
             max_duration=max_duration,
             session_id=session_id,
         )
+        self._talking[session] = asyncio.get_running_loop()
+        return session
 
     def _check_live(self, asked: JSON, config: live.LiveConfig) -> None:
         """Raises `InvalidRequestError` for what no turn of the session could be asked with."""

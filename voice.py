@@ -2251,9 +2251,11 @@ class Socket:
         message = f"{self._provider} closed the connection{detail}"
         return ProviderError(message, provider=self._provider, code=code)
 
-    async def close(self) -> None:
-        """Says goodbye and waits a second for the answer."""
-        await self._raw.close()
+    async def close(self, patience: float = 1.0) -> None:
+        """Says goodbye and waits for the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._raw.close()
 
 
 # == Sessions ==========================================================================================================
@@ -2658,21 +2660,22 @@ class STTSession:
         loop, name = asyncio.get_running_loop(), self._service.adapter.id
         until = math.inf if self._patience is None else loop.time() + self._patience
         if self._socket is not None:
-            await self._socket.close()  # whoever is writing to it stops
+            await self._socket.close(patience=0.05)  # whoever is writing to it stops
         async with self._writing:
             self._socket = None
             while self._socket is None:
                 await asyncio.sleep(min(pause_before(self._failures + 1), until - loop.time()))
+                fault: Error | None = None
                 try:
                     async with asyncio.timeout_at(None if self._patience is None else until):
                         self._socket = await self._caught_up()
                 except TimeoutError:
                     raise ProviderTimeoutError(f"{name} does not answer", provider=name) from None
-                except Error as fault:
-                    self._failures += 1
-                    if self._failures >= ATTEMPTS or not fault.retryable or loop.time() >= until:
-                        raise
-        self._failures += 1  # not where the reader has lost patience
+                except Error as raised:
+                    fault = raised
+                self._failures += 1  # not where whoever iterates has given up waiting
+                if fault and (self._failures >= ATTEMPTS or not fault.retryable or loop.time() >= until):
+                    raise fault
         self.reconnects += 1
         self._since = loop.time()
         self._before = self._last
@@ -2769,11 +2772,11 @@ class TTSSession:
         self._used = now
         return self._socket
 
-    async def _lose(self, socket: Socket) -> None:
+    async def _lose(self, socket: Socket, patience: float = 1.0) -> None:
         if self._socket is socket:
             self._socket = None
             self.reconnects += 1
-        await socket.close()
+        await socket.close(patience)
 
     async def _send(self, context: TTSContext, frames: list[str]) -> None:
         """Sends; a context whose socket is gone goes on from where it was on another, these frames included."""
@@ -2822,7 +2825,7 @@ class TTSSession:
                 frame = await socket.receive(self._until_due())
             except TimeoutError:
                 if self._expire():
-                    await self._lose(socket)
+                    await self._lose(socket, patience=0.05)
                 return
             except Error as fault:
                 await self._lose(socket)
@@ -2843,9 +2846,12 @@ class TTSSession:
             if context.trouble is None or context.trouble.code == "connection_broken":
                 raise StreamTruncated(provider=self._service.adapter.id)
             raise context.trouble
-        await asyncio.sleep(min(pause_before(context.failures), left))
         try:
+            await asyncio.sleep(min(pause_before(context.failures), left))
             await self._send(context, [])
+        except asyncio.CancelledError:  # whoever iterates has given up waiting
+            context.failures, context.resumed = context.failures - 1, context.resumed - 1
+            raise
         except Error as fault:
             context.trouble = fault
             if not fault.retryable:

@@ -1,21 +1,22 @@
 """Live sessions: whole conversations with the sandbox, which hears word for word what its `speech` says.
 
-They run on an event loop whose time goes `SPEED` times as fast as the clock on the wall.
+They run on an event loop whose time goes `SPEED` times as fast as the clock on the wall, if the machine is not busy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import selectors
 import struct
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import WSMsgType, web
 from conftest import JSON, KEY, Serve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,16 +35,27 @@ TINY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwAD
 
 
 class QuickSelector(selectors.DefaultSelector):
+    """Counts the seconds that were waited on purpose."""
+
+    waited = 0.0
+
     def select(self, timeout: float | None = None) -> Any:
-        return super().select(timeout and timeout / SPEED)
+        began = time.monotonic()
+        ready = super().select(timeout and timeout / SPEED)
+        waited = time.monotonic() - began
+        self.waited += waited if timeout is None else min(waited, timeout / SPEED)
+        return ready
 
 
 class QuickLoop(asyncio.SelectorEventLoop):
+    """Its time is what it has worked and waited: while others have the processor, it stands still."""
+
     def __init__(self) -> None:
-        super().__init__(QuickSelector())
+        self._quick = QuickSelector()
+        super().__init__(self._quick)
 
     def time(self) -> float:
-        return time.monotonic() * SPEED
+        return (time.thread_time() + self._quick.waited) * SPEED
 
 
 def quick(work: Coroutine[Any, Any, None]) -> None:
@@ -181,11 +193,16 @@ async def talking(
     *,
     tools: Any = (),
     timing: Timing | None = None,
+    patience: float = 20.0,
     max_duration: float = 7200.0,
     sandbox: Sandbox | None = None,
     **config: Any,
 ) -> AsyncIterator[Talk]:
-    """A session with the sandbox. At its end nothing of it is left."""
+    """A session with the sandbox. At its end nothing of it is left.
+
+    `patience` is that with the speech service, whose words are made on a thread: they are late on a busy machine.
+    """
+    timing = dataclasses.replace(timing or Timing(), patience=patience, unheard=2 * patience)
     async with contextlib.AsyncExitStack() as stack:
         running = sandbox or await stack.enter_async_context(Sandbox())
         engine = vai.Direct(environ=running.environ)
@@ -373,7 +390,7 @@ def test_our_own_voice_coming_back_interrupts_nothing(gain: float) -> None:
     quick(work())
 
 
-@pytest.mark.parametrize(("mode", "gain"), [("auto", 0.6), ("always", 0.25), ("never", 0.25)])
+@pytest.mark.parametrize(("mode", "gain"), [("auto", 0.6), ("never", 0.25)])
 def test_a_loudspeaker_without_echo_cancellation(mode: str, gain: float) -> None:
     """One speaks at a time: the user is heard afterwards, the client can still interrupt; and with headphones on, so
     can the user."""
@@ -399,10 +416,7 @@ def test_a_loudspeaker_without_echo_cancellation(mode: str, gain: float) -> None
                 assert len(talk.told("input.committed")) == 3
                 talk.echo = 0.0
                 await asyncio.sleep(8)
-                if mode != "never":
-                    await talk.say("Stop.")
-                else:
-                    await talk.send("input.interrupt")
+                await (talk.say("Stop.") if mode == "auto" else talk.send("input.interrupt"))
                 await talk.until("response.interrupted")
 
     quick(work())
@@ -902,7 +916,7 @@ def test_listening_that_falls_silent(detection: str) -> None:
     """Nothing comes of what the user says: it is heard once more, over another connection."""
 
     async def work() -> None:
-        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+        async with talking(patience=2.5, voice={**VAD, "input": {"turn_detection": detection}}) as talk:
             silence = asyncio.create_task(is_mute_until_called_again(talk.sandbox))
             await asyncio.sleep(0)
             await talk.say("[say Yes.] Is anybody there?")
@@ -920,7 +934,7 @@ def test_listening_that_stays_silent(detection: str) -> None:
     """After some attempts the client is told; and when it is back, all goes on."""
 
     async def work() -> None:
-        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+        async with talking(patience=1.0, voice={**VAD, "input": {"turn_detection": detection}}) as talk:
             talk.sandbox.mute = True
             saying = asyncio.create_task(talk.say("word " * 90))
             assert (await talk.until("error", fatal=False))["error"]["code"] == "stt_silent"
@@ -937,16 +951,16 @@ def test_listening_that_stays_silent(detection: str) -> None:
     quick(work())
 
 
-@pytest.mark.parametrize("seconds", [8.0, 0.4], ids=["noise", "a cough"])
+@pytest.mark.parametrize("seconds", [5.0, 0.4], ids=["noise", "a cough"])
 def test_sound_without_words_is_no_fault(seconds: float) -> None:
     """A speech service that says nothing of it is not taken for a dead one."""
 
     async def work() -> None:
         async with Sandbox() as sandbox:
             sandbox.transcripts.append("")
-            async with talking(sandbox=sandbox, voice=VAD) as talk:
+            async with talking(patience=1.0, sandbox=sandbox, voice=VAD) as talk:
                 await talk.play(buzz(seconds))
-                await asyncio.sleep(8)
+                await asyncio.sleep(4)
                 assert talk.told("vad.speech")
                 assert not talk.told("error")
                 assert talk.session.reconnects == 0
@@ -960,7 +974,7 @@ def test_listening_that_cannot_be_had_for_a_while(detection: str, handshakes: st
     """The client is told within three seconds; what is said meanwhile is heard later."""
 
     async def work() -> None:
-        async with talking(voice={**VAD, "input": {"turn_detection": detection}}) as talk:
+        async with talking(patience=2.5, voice={**VAD, "input": {"turn_detection": detection}}) as talk:
             await talk.say("[say Yes.] One two")
             await talk.until("transcript.delta", delta="[say Yes.] One two")
             talk.sandbox.handshakes = handshakes
@@ -992,7 +1006,7 @@ def test_speech_that_falls_silent(text: str, seconds: float) -> None:
     async def work() -> None:
         async with Sandbox() as sandbox:
             sandbox.pace = 0.05
-            async with talking(sandbox=sandbox, voice=VAD) as talk:
+            async with talking(patience=2.5, sandbox=sandbox, voice=VAD) as talk:
                 await talk.send("input.text", text=f"[say {text}]")
                 await (talk.until("audio.start") if seconds else talk.until("message_start"))
                 await asyncio.sleep(seconds)
@@ -1014,7 +1028,7 @@ def test_speech_that_cannot_be_had_any_more(fault: str) -> None:
     """Within five seconds the client is told and listened to; and when it is back, all goes on."""
 
     async def work() -> None:
-        async with talking(voice=VAD) as talk:
+        async with talking(patience=2.5, voice=VAD) as talk:
             await talk.send("input.text", text="[say Ready.]")
             await talk.until("audio.done")
             if fault in ("refuse", "hang"):
@@ -1040,7 +1054,7 @@ def test_speech_that_is_refused_for_a_moment() -> None:
     """Others have all places of the plan, and one is free a little later."""
 
     async def work() -> None:
-        async with talking(voice=VAD) as talk:
+        async with talking(patience=2.5, voice=VAD) as talk:
             talk.sandbox.most_contexts = 0
             asyncio.get_running_loop().call_later(0.7, setattr, talk.sandbox, "most_contexts", 15)
             await talk.send("input.text", text="[say Now then.]")
@@ -1313,39 +1327,124 @@ async def test_what_cannot_be_had(
     assert not sandbox.open
 
 
-@pytest.mark.parametrize("last", [None, "not JSON", "[1]", '{"type": 5}'], ids=["hangs up", "text", "list", "number"])
-async def test_a_gateway_that_breaks_off(last: str | None) -> None:
-    """The events end all the same, and what is sent then goes nowhere."""
+@contextlib.asynccontextmanager
+async def gateway_that(talks: Callable[[web.WebSocketResponse], Awaitable[None]], **options: Any) -> AsyncIterator[str]:
+    """The URL of a gateway whose sessions go on like this after `session.created`."""
 
     async def talk(request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse()
+        socket = web.WebSocketResponse(**options)
         await socket.prepare(request)
         assert (await socket.receive_json())["config"]["model"] == "anthropic/any"
         await socket.send_json({"type": "session.created", "session_id": "live_1", "config": {}})
-        await socket.send_json({"type": "audio.start", "response_id": "resp_1", "sample_rate": 24_000})
-        await socket.send_bytes(bytes(4))
-        await (socket.close(code=1011) if last is None else socket.send_str(last))
+        await talks(socket)
         return socket
 
     app = web.Application()
     app.router.add_get("/v1/messages/live", talk)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
-        async with vai.AsyncClient(base_url=url) as client, client.live(model="anthropic/any") as session:
-            events = [event async for event in session]
-            assert [event.type for event in events] == [
-                "session.created",
-                "audio.start",
-                "audio_delta",
-                "session.closed",
-            ]
-            assert events[-1].to_wire()["reason"] == session.closed == "connection_broken"
-            await session.send(bytes(2))
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@pytest.mark.parametrize("last", [None, "not JSON", "[1]", '{"type": 5}'], ids=["hangs up", "text", "list", "number"])
+async def test_a_gateway_that_breaks_off(last: str | None) -> None:
+    """The events end all the same, and what is sent then goes nowhere."""
+
+    async def talk(socket: web.WebSocketResponse) -> None:
+        await socket.send_json({"type": "audio.start", "response_id": "resp_1", "sample_rate": 24_000})
+        await socket.send_bytes(bytes(4))
+        await (socket.close(code=1011) if last is None else socket.send_str(last))
+
+    async with (
+        gateway_that(talk) as url,
+        vai.AsyncClient(base_url=url) as client,
+        client.live(model="anthropic/any") as session,
+    ):
+        events = [event async for event in session]
+        told = ["session.created", "audio.start", "audio_delta", "session.closed"]
+        assert [event.type for event in events] == told
+        assert events[-1].to_wire()["reason"] == session.closed == "connection_broken"
+        await session.send(bytes(2))
+
+
+async def test_a_gateway_that_is_gone_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers no ping: the connection is taken for broken."""
+    monkeypatch.setattr("vai.GatewayLive._HEARTBEAT", 0.05)
+
+    async def talk(socket: web.WebSocketResponse) -> None:
+        while (await socket.receive()).type is not WSMsgType.CLOSE:
+            pass
+
+    async with (
+        gateway_that(talk, autoping=False) as url,
+        vai.AsyncClient(base_url=url) as client,
+        client.live(model="anthropic/any") as session,
+    ):
+        assert [event.type async for event in session] == ["session.created", "session.closed"]
+        assert session.closed == "connection_broken"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"type": "grace_period.extended", "turn_id": "turn_1"},
+        {"type": "response.interrupted", "turn_id": "turn_1", "response_id": "resp_1"},
+        {"type": "error", "error": {}, "fatal": False, "turn_id": "turn_1", "response_id": "resp_1"},
+    ],
+    ids=lambda end: end["type"],
+)
+async def test_the_end_of_a_turn_at_a_gateway_cancels_its_functions(end: JSON) -> None:
+    began, cancelled = asyncio.Event(), asyncio.Event()
+    said: list[Any] = []
+
+    @vai.tool
+    async def wait() -> str:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return ""
+
+    async def talk(socket: web.WebSocketResponse) -> None:
+        use = {"type": "tool_use", "response_id": "resp_1", "id": "call_1", "name": "wait", "input": {}}
+        await socket.send_json(use)
+        await began.wait()
+        await socket.send_json({"type": "error", "error": {}, "fatal": False})  # of a message: it ends nothing
+        await socket.send_json({**end, "last": True})
+        said.extend([message async for message in socket])
+
+    async with (
+        gateway_that(talk) as url,
+        vai.AsyncClient(base_url=url) as client,
+        client.live(model="anthropic/any", tools=[wait]) as session,
+    ):
+        async for event in session:
+            assert not cancelled.is_set()
+            if event.to_wire().get("last"):
+                break
+        await cancelled.wait()
+    assert not said
+
+
+async def test_a_client_that_is_closed_ends_its_sessions(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """In whatever they are; one that is iterated is told."""
+    client = vai.AsyncClient(engine=vai.Direct(environ=sandbox.environ))
+    events: list[str] = []
+    async with client.live(model="anthropic/claude-sonnet-4-5", voice="a-voice") as session:
+        await session.send({"type": "input.text", "text": "[words 50]"})
+        async for event in session:
+            events.append(event.type)
+            if event.type == "audio_delta" and not session.closed:
+                await client.close()
+        assert session.closed == "client"
+    assert events[-1] == "session.closed"
+    assert not caplog.records
 
 
 # == Messages ==========================================================================================================

@@ -27,6 +27,7 @@ from sandbox import Sandbox
 from sandbox import speech as master
 from voice import (
     SPEECH,
+    TTS,
     Audio,
     Flushed,
     Recording,
@@ -1108,6 +1109,59 @@ def test_a_context_that_the_service_ended() -> None:
     assert second["transcript"] == "Second."
     assert second["context_id"] != first["context_id"]
     assert tts.feed({"type": "done"}) == tts.flush() == tts.end() == []
+
+
+def tenths(*levels: int) -> bytes:
+    """A tenth of a second of each level, at 8 kHz."""
+    return b"".join(800 * struct.pack("<h", level) for level in levels)
+
+
+def chunk(*levels: int) -> JSON:
+    return {"type": "chunk", "data": base64.b64encode(tenths(*levels)).decode()}
+
+
+def times(*rows: tuple[str, float, float]) -> JSON:
+    words, starts, ends = zip(*rows, strict=True)
+    return {"type": "timestamps", "word_timestamps": {"words": words, "start": starts, "end": ends}}
+
+
+def resumed(said: str, *messages: JSON) -> tuple[TTS, str]:
+    """A context after these messages on a socket that broke, and what is said anew."""
+    tts = CARTESIA.tts(VoiceOutput(sample_rate=8000))
+    tts.say(said)
+    for message in messages:
+        tts.feed(message)
+    return tts, json.loads(tts.resume()[0])["transcript"]
+
+
+def test_speech_whose_words_are_not_known_is_spoken_again_and_not_heard_twice() -> None:
+    """The words' times had not come: what was heard is left out of what comes again, the rest of a chunk is not."""
+    tts, again = resumed("One two", chunk(1, 2, 3, 4))
+    assert again == "One two"
+    assert tts.feed(chunk(1, 2)) == []
+    assert audio_of(tts.feed(chunk(3, 4, 5, 6))) == tenths(5, 6)
+    assert audio_of(tts.feed(chunk(7))) == tenths(7)
+    words = ("One", 0.0, 0.3), ("two", 0.3, 0.7)
+    assert words_of(tts.feed(times(*words))) == [Word(*word) for word in words]
+
+
+def test_a_phrase_whose_words_are_not_known_yet() -> None:
+    """Those of the one before it are: the pause between them is no part of what comes again."""
+    tts, again = resumed("One. Two three", times(("One.", 0.0, 0.2)), chunk(*range(10)))
+    assert again == " Two three"
+    assert audio_of(tts.feed(chunk(*range(100, 110)))) == tenths(*range(104, 110))
+    (two,) = words_of(tts.feed(times(("Two", 0.0, 0.2))))
+    assert (two.start, two.end) == pytest.approx((0.6, 0.8))
+
+
+def test_speech_of_which_all_has_come_leaves_nothing_out() -> None:
+    tts = CARTESIA.tts(VoiceOutput(sample_rate=8000))
+    tts.say("One. ")
+    tts.feed(times(("One.", 0.0, 0.2)))
+    tts.feed(chunk(*range(10)))
+    assert tts.resume() == []
+    assert json.loads(tts.say("Two")[0])["transcript"].strip() == "Two"
+    assert audio_of(tts.feed(chunk(1, 2))) == tenths(1, 2)
 
 
 @pytest.mark.parametrize(
