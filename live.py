@@ -379,6 +379,7 @@ class Sensitivity:
 
 # -- The room --
 
+_GATE = 0.0018  # -55 dBFS: below it is nobody
 _LEAST_FLOOR = 0.0012  # -58 dBFS, of all below 4 kHz; half of it in a band
 _ABOVE = 1.25  # what is louder than the floor by that is not just the room
 _FLOOR_SPAN, _FLOOR_SPANS = 31, 6  # frames in a span, and spans that the floor looks back on: six seconds
@@ -396,7 +397,7 @@ class _Band:
     """
 
     def __init__(self) -> None:
-        self.level = self.steady = self.floor = self.usual = 0.0
+        self.steady = self.floor = self.usual = 0.0
         self.before = 0.0  # what was usual when speech was last heard to start
         self._windows: collections.deque[float] = collections.deque(maxlen=8)
         self._smooth: float | None = None
@@ -404,12 +405,9 @@ class _Band:
         self._low, self._count = math.inf, 0
         self.unsure: collections.deque[float] = collections.deque()  # frames that somebody may have begun to speak in
 
-    def feed(self, values: Sequence[int], scale: float) -> None:
-        """A frame, four windows; `scale` is what a value at full scale comes to."""
-        size = len(values) // 4
-        new = [math.hypot(*values[at : at + size]) / (scale * math.sqrt(size)) for at in range(0, len(values), size)]
-        self._windows.extend(new)
-        self.level = math.hypot(*new) / math.sqrt(len(new))
+    def feed(self, windows: Sequence[float]) -> None:
+        """How loud a frame is, in four windows."""
+        self._windows.extend(windows)
         self.steady = sorted(self._windows)[len(self._windows) * 3 // 8]
         self._smooth = self.steady if self._smooth is None else self._smooth + 0.3 * (self.steady - self._smooth)
         self._low = min(self._low, self._smooth)
@@ -431,6 +429,13 @@ class _Band:
             self.unsure.popleft()
 
 
+def _windows(values: Sequence[int], scale: int) -> list[float]:
+    """The levels of a frame's four quarters, 8 ms each; `scale` is what a sample of 1 comes to."""
+    size = len(values) // 4
+    unit = 32768 * scale * math.sqrt(size)
+    return [math.hypot(*values[at : at + size]) / unit for at in range(0, len(values), size)]
+
+
 class Room:
     """How loud each frame is, and how loud the room is when nobody speaks.
 
@@ -441,6 +446,7 @@ class Room:
 
     def __init__(self, ceiling: float) -> None:
         self.ceiling = ceiling
+        self.level = 0.0
         self.quiet = 0
         self._whole = _Band()
         self._bands = (_Band(), _Band(), _Band())
@@ -448,21 +454,21 @@ class Room:
     def feed(self, frame: bytes) -> None:
         samples = voice._samples("h", frame)
         halved = list(map(operator.add, samples[0::2], samples[1::2]))
-        self._whole.feed(halved, 2 * 32768)
-        quarters = halved[0::4], halved[1::4], halved[2::4], halved[3::4]
-        low, middle, high = self._bands
-        low.feed([a + b + c + d for a, b, c, d in zip(*quarters, strict=True)], 8 * 32768)
-        middle.feed([a - 2 * b + c for a, b, c, _ in zip(*quarters, strict=True)], 8 * 32768)
-        eighths = zip(samples[0::8], samples[1::8], samples[2::8], strict=True)
-        high.feed([a - 2 * b + c for a, b, c in eighths], 4 * 32768)
+        low = middle = high = whole = _windows(halved, 2)
+        self.level = math.hypot(*whole) / 2
+        if self.level >= _GATE:  # else each band counts as no quieter than all of it, which is next to nothing
+            quarters = halved[0::4], halved[1::4], halved[2::4], halved[3::4]
+            low = _windows([a + b + c + d for a, b, c, d in zip(*quarters, strict=True)], 8)
+            middle = _windows([a - 2 * b + c for a, b, c, _ in zip(*quarters, strict=True)], 8)
+            eighths = zip(samples[0::8], samples[1::8], samples[2::8], strict=True)
+            high = _windows([a - 2 * b + c for a, b, c in eighths], 4)
+        self._whole.feed(whole)
+        for band, windows in zip(self._bands, (low, middle, high), strict=True):
+            band.feed(windows)
         if self.steady >= (most := _ABOVE * self.floor):
             self.quiet = 0
         else:
             self.quiet = self.quiet + FRAME if self.quiet else max(FRAME, self._whole.below(most))
-
-    @property
-    def level(self) -> float:
-        return self._whole.level
 
     @property
     def steady(self) -> float:
@@ -664,7 +670,7 @@ def _onnx_session(model: str) -> Any:
 
 # -- The detector --
 
-_GATE, _GATE_HANG = 0.0018, 16  # a level, and frames that follow
+_GATE_HANG = 16  # frames that follow what is loud enough
 _WARM_UP = 4  # frames that are scored again after a reset
 _LINGER = 3  # frames: a score stays high for so long after it has become quiet
 _STALE = 1875  # frames without speech, a minute: a state as old as that hears less
@@ -759,6 +765,8 @@ class Detector:
 
     def _by_energy(self) -> float:
         wanted = self.sensitivity
+        if self.room.level < _GATE:
+            return 0.0
         if self.speaking:
             return float(self.room.stands_out(wanted.stay_ratio, wanted.stay_over))
         return float(self.room.stands_out(wanted.start_ratio, wanted.start_over))
