@@ -397,24 +397,26 @@ class _Band:
     """
 
     def __init__(self) -> None:
-        self.steady = self.floor = self.usual = 0.0
+        self.steady = self.usual = 0.0
+        self.floor = math.inf
         self.before = 0.0  # what was usual when speech was last heard to start
-        self._windows: collections.deque[float] = collections.deque(maxlen=8)
+        self._windows: list[float] = []  # of this frame and the one before
         self._smooth: float | None = None
         self._lows: collections.deque[float] = collections.deque(maxlen=_FLOOR_SPANS)
         self._low, self._count = math.inf, 0
         self.unsure: collections.deque[float] = collections.deque()  # frames that somebody may have begun to speak in
 
-    def feed(self, windows: Sequence[float]) -> None:
+    def feed(self, windows: list[float]) -> None:
         """How loud a frame is, in four windows."""
-        self._windows.extend(windows)
+        self._windows = self._windows[-4:] + windows
         self.steady = sorted(self._windows)[len(self._windows) * 3 // 8]
         self._smooth = self.steady if self._smooth is None else self._smooth + 0.3 * (self.steady - self._smooth)
         self._low = min(self._low, self._smooth)
-        self.floor = min(self._low, *self._lows) if self._lows else self._low
+        self.floor = min(self.floor, self._smooth)
         self._count += 1
         if self._count == _FLOOR_SPAN:
             self._lows.append(self._low)
+            self.floor = min(self._lows)
             self._low, self._count = math.inf, 0
 
     def below(self, level: float) -> int:
@@ -3656,6 +3658,8 @@ class LiveSession:
         self._reopened = 0
 
         self._in: collections.deque[bytes | JSON] = collections.deque()
+        self._held = 0  # bytes of audio in that …
+        self._worth = 2 * FRAME * config.audio_in.sample_rate // RATE  # … and how many make a frame of the detector's
         self._arrived, self._space, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._pace = Pace(0.0)
         self._odd = b""
@@ -3832,7 +3836,9 @@ class LiveSession:
             self.close("audio_too_fast")
             return
         self._in.append(message)
-        self._arrived.set()
+        self._held = self._held + len(message) if isinstance(message, bytes) else self._worth
+        if self._held >= self._worth or len(self._in) >= _WAITING:
+            self._arrived.set()
         if wait:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -3844,7 +3850,7 @@ class LiveSession:
             while not self._in:
                 self._arrived.clear()
                 await self._arrived.wait()
-            message = self._in.popleft()
+            message, self._held = self._in.popleft(), 0
             self._space.set()
             if isinstance(message, dict):
                 self._take_message(message)
