@@ -49,6 +49,7 @@ from conftest import (
 )
 
 import vai
+from providers import Transport
 from sandbox import Sandbox
 
 # == The relay =========================================================================================================
@@ -360,7 +361,7 @@ async def asking(
         for name, value in environ.items():
             patch.setenv(name, value)
         client = vai.AsyncClient(max_retries=0)
-    client._engine.transport.timeouts = vai.Timeouts(**timeouts)  # type: ignore[attr-defined]
+    client._engine.transport = Transport(vai.Timeouts(**timeouts))  # type: ignore[attr-defined]
     async with client:
         yield straight(client)
 
