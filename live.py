@@ -3782,9 +3782,7 @@ class LiveSession:
         """Says goodbye to the speech service; what takes longer is cut off."""
         closing = [asyncio.create_task(speech.close()) for speech in (self._stt, self._voice)]
         try:
-            await asyncio.sleep(
-                0
-            )  # until both have begun, or a busy loop would cut them off before: nothing were closed
+            await asyncio.sleep(0)  # both have begun: a busy loop cuts nobody off before that
             await asyncio.wait(closing, timeout=_GOODBYE)
         finally:
             for task in closing:
