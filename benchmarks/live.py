@@ -186,7 +186,7 @@ class Client(asyncio.Protocol):
         self._data = bytearray()
         self._upgraded = False
         self._frames = 0  # that were sent
-        self._pause = 75 + number % 50  # frames of silence before it speaks first: not all of them at once
+        self._pause = 75 + 37 * number % 250  # frames of silence before it speaks first: as people do, at any time
         self._until = -1  # frame with which its speech ends
         self._free = True  # to speak
         self._ended = 0.0  # when its speech had been sent
