@@ -4498,9 +4498,12 @@ class _Screen:
             case {"type": "message_stop"}:
                 self._line()
             case {"type": "error", "error": error}:
-                self._line()
-                self._show("")
-                print(f"vai: {error['message']}", file=sys.stderr, flush=True)
+                self.fault(error["message"])
+
+    def fault(self, message: str) -> None:
+        self._line()
+        self._show("")
+        print(f"vai: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._line()
@@ -4598,6 +4601,9 @@ class _Talk:
                 self._turns += 1
             case "error":
                 self.failed = self.failed or bool(event["fatal"])
+            case "session.closed" if event["reason"] != "client" and not self.failed:
+                self.failed = True
+                self._screen.fault(f"the conversation was ended: {event['reason']}")
 
     def _done(self) -> bool:
         """The file is over, and what it said is answered."""

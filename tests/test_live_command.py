@@ -62,6 +62,15 @@ async def test_an_error_of_the_provider(environ: dict[str, str], tmp_path: Path)
     assert errors.startswith("vai: cartesia: ")
 
 
+async def test_a_conversation_that_is_ended(serve: Serve, tmp_path: Path) -> None:
+    """The user is told why, and so is the shell."""
+    gateway = await serve(live={"detector": "energy", "max_duration": 1})
+    environ = {"VAI_BASE_URL": gateway.url, "VAI_API_KEY": KEY}
+    wav = recorded(tmp_path, "[wait 5]")
+    code, _, errors = await run(tmp_path, "-m", "openai/gpt-4o", "--wav", wav, **environ)
+    assert (code, errors) == (1, "vai: the conversation was ended: max_duration\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
