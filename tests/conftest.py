@@ -261,6 +261,29 @@ def canned(raw: bytes, heard: list[Heard | None]) -> Talk:
     return talk
 
 
+@contextlib.asynccontextmanager
+async def websocket_server(
+    talk: Callable[[web.WebSocketResponse], Awaitable[None]], **options: Any
+) -> AsyncIterator[str]:
+    """A service that accepts any WebSocket, and does what `talk` says."""
+
+    async def accept(request: web.Request) -> web.WebSocketResponse:
+        ws = web.WebSocketResponse(**options)
+        await ws.prepare(request)
+        await talk(ws)
+        return ws
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", accept)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 @pytest.fixture
 async def listen() -> AsyncIterator[Listen]:
     """Starts TCP servers, each with its handler of connections, and gives their URLs."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from aiohttp import WSMsgType, web
-from conftest import JSON, KEY, Serve
+from conftest import JSON, KEY, Serve, websocket_server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -1326,27 +1326,17 @@ async def test_what_cannot_be_had(
     assert not sandbox.open
 
 
-@contextlib.asynccontextmanager
-async def gateway_that(talks: Callable[[web.WebSocketResponse], Awaitable[None]], **options: Any) -> AsyncIterator[str]:
+def gateway_that(
+    talks: Callable[[web.WebSocketResponse], Awaitable[None]], **options: Any
+) -> contextlib.AbstractAsyncContextManager[str]:
     """The URL of a gateway whose sessions go on like this after `session.created`."""
 
-    async def talk(request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse(**options)
-        await socket.prepare(request)
+    async def talk(socket: web.WebSocketResponse) -> None:
         assert (await socket.receive_json())["config"]["model"] == "anthropic/any"
         await socket.send_json({"type": "session.created", "session_id": "live_1", "config": {}})
         await talks(socket)
-        return socket
 
-    app = web.Application()
-    app.router.add_get("/v1/messages/live", talk)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    return websocket_server(talk, **options)
 
 
 @pytest.mark.parametrize("last", [None, "not JSON", "[1]", '{"type": 5}'], ids=["hangs up", "text", "list", "number"])

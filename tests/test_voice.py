@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import aiohttp
 import pytest
 from aiohttp import web
-from conftest import JSON, Listen, Logged, hear, http_answer
+from conftest import JSON, Listen, Logged, hear, http_answer, websocket_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1208,29 +1208,6 @@ async def test_speech_that_nobody_reads(service: Service) -> None:
 
 
 # == Sockets ===========================================================================================================
-
-Talk: TypeAlias = Callable[[web.WebSocketResponse], Awaitable[None]]
-
-
-@contextlib.asynccontextmanager
-async def websocket_server(talk: Talk) -> AsyncIterator[str]:
-    """A service that accepts any WebSocket, and does what `talk` says."""
-
-    async def accept(request: web.Request) -> web.WebSocketResponse:
-        ws = web.WebSocketResponse()
-        await ws.prepare(request)
-        await talk(ws)
-        return ws
-
-    app = web.Application()
-    app.router.add_get("/{path:.*}", accept)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 @pytest.mark.parametrize("open", ["listen", "speak"])
