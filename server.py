@@ -2479,7 +2479,7 @@ class Gateway:
         async with self._detecting:
             try:
                 await self.detectors.start()
-            except (live.DetectorError, OSError) as fault:
+            except live.DetectorError as fault:
                 logger.warning("speech is detected by energy alone: %s", fault)
                 self.detectors = live.Detectors("energy")
         return self.detectors

@@ -1148,7 +1148,7 @@ class Direct:
         self.login.own = own_keys
         self._logs_in = self.login.configured and not keyless
         self.transport = Transport(timeouts)
-        self._detectors: tuple[asyncio.AbstractEventLoop, asyncio.Task[live.Detectors]] | None = None
+        self._detectors: tuple[asyncio.AbstractEventLoop, live.Detectors] | None = None
         self._talking: weakref.WeakKeyDictionary[live.LiveSession, asyncio.AbstractEventLoop]
         self._talking = weakref.WeakKeyDictionary()
 
@@ -1276,9 +1276,7 @@ class Direct:
         for session in [session for session, its in list(self._talking.items()) if its is loop]:
             session.close()
         if self._detectors is not None and self._detectors[0] is loop:
-            for detectors in await asyncio.gather(self._detectors[1], return_exceptions=True):
-                if not isinstance(detectors, BaseException):
-                    await detectors.close()
+            await self._detectors[1].close()
         if "speech" in self.__dict__:
             await self.speech.close()
         await self.transport.close()
@@ -1336,16 +1334,9 @@ class Direct:
         """Those of this event loop: they have a process of their own, which is started once."""
         loop = asyncio.get_running_loop()
         if self._detectors is None or self._detectors[0] is not loop:
-            self._detectors = loop, loop.create_task(self._start_detectors())
-        return await asyncio.shield(self._detectors[1])
-
-    async def _start_detectors(self) -> live.Detectors:
-        detectors = live.Detectors()
-        try:
-            await detectors.start()
-        except (live.DetectorError, OSError) as fault:
-            live.logger.warning("the speech detector does not start, energy decides instead: %s", fault)
-            detectors = live.Detectors("energy")
+            self._detectors = loop, live.Detectors()
+        detectors = self._detectors[1]
+        await detectors.start()
         return detectors
 
     def live_session(
